@@ -1,0 +1,3 @@
+//! `mount.cowdisk`: what mount(8) runs for `mount -t cowdisk`.
+
+fn main() {}

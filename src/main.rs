@@ -1,0 +1,3 @@
+//! The `cowdisk` command.
+
+fn main() {}

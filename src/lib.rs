@@ -5,6 +5,7 @@
 //! specification of everything on disk.
 
 pub mod error;
+pub mod libvirt;
 pub mod units;
 
 pub use error::{Context, Error, ErrorKind, Result};

@@ -37,6 +37,14 @@ impl Role {
         }
     }
 
+    /// The disk's name in its instance's own domain.
+    pub fn target(self) -> &'static str {
+        match self {
+            Role::Root => "vda",
+            Role::Local => "vdb",
+        }
+    }
+
     /// The serial number of an instance's own disk in its own domain: the same for every instance, so that an image's
     /// fstab can name it.
     pub fn serial(self) -> String {

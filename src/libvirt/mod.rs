@@ -7,6 +7,7 @@
 //! whatever cowdisk does here an operator can repeat by hand.
 
 pub mod domain;
+pub mod guest;
 pub mod kvm;
 pub mod virsh;
 pub mod xml;

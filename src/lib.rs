@@ -5,7 +5,10 @@
 //! specification of everything on disk.
 
 pub mod error;
+pub mod format;
 pub mod libvirt;
+pub mod overlay;
+pub mod storage;
 pub mod units;
 
 pub use error::{Context, Error, ErrorKind, Result};

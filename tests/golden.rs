@@ -6,8 +6,8 @@
 use std::path::{Path, PathBuf};
 
 use cowdisk::format::{
-    BaseRef, BlockState, JOURNAL_OFFSET, JournalRecord, LayerId, MapPage, PAGE_BYTES, SUPERBLOCK_BYTES, Superblock,
-    slot_offset,
+    BaseRef, BlockState, JOURNAL_OFFSET, JournalRecord, LayerId, MapPage, PAGE_BYTES, SUPERBLOCK_BYTES,
+    Superblock, slot_offset,
 };
 use cowdisk::overlay::{BaseImage, LayerFiles, MapReader, Overlay};
 use cowdisk::storage::{FileStorage, Storage};

@@ -4,6 +4,8 @@
 //!
 //! `PROPTEST_CASES=5000 cargo test --release --test model` runs longer; a failure prints the shrunk case.
 
+#![allow(clippy::cast_possible_truncation)] // sizes that the test made itself
+
 mod common;
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -105,7 +107,6 @@ fn ops() -> impl Strategy<Value = Op> {
 
 /// The oracle: the bytes of the windows of the disk.
 struct Model {
-    setup: Setup,
     size: u64,
     /// A size that was asked for and not answered.
     unanswered_size: Option<u64>,
@@ -117,7 +118,7 @@ struct Model {
 }
 
 impl Model {
-    fn new(setup: Setup) -> Self {
+    fn new(setup: &Setup) -> Self {
         let border = 16_128 * u64::from(setup.block_bytes) - u64::from(setup.lead);
         let mut windows = vec![0];
         // Windows must not overlap, and must lie on the disk.
@@ -134,7 +135,7 @@ impl Model {
             .map(|at| if at < setup.base_bytes { base_byte(setup.seed, at) } else { 0 })
             .collect();
         let allowed = bytes.chunks(SECTOR).map(|sector| vec![sector.to_vec()]).collect();
-        Self { size: setup.disk_bytes, unanswered_size: None, windows, now: bytes, allowed, setup }
+        Self { size: setup.disk_bytes, unanswered_size: None, windows, now: bytes, allowed }
     }
 
     /// A place on the disk for a place in the windows, with a length that stays in window and disk.
@@ -210,7 +211,7 @@ impl Model {
 fn base_byte(seed: u64, at: u64) -> u8 {
     // Runs of zeroes of several blocks, so that the base has holes.
     let word = Rng(seed ^ (at / 4096 / 5)).next();
-    if word % 3 == 0 { 0 } else { (word >> 8) as u8 ^ (at / 512) as u8 | 1 }
+    if word.is_multiple_of(3) { 0 } else { (word >> 8) as u8 ^ (at / 512) as u8 | 1 }
 }
 
 /// The host that the overlay lives on: two simulated files, and a live map on the real one.
@@ -356,7 +357,7 @@ fn apply(world: &mut World, model: &mut Model, op: &Op) {
 
 fn run(setup: &Setup, ops: &[Op]) {
     let mut world = World::new(setup);
-    let mut model = Model::new(setup.clone());
+    let mut model = Model::new(setup);
     let mut doom_is_host = false;
     for op in ops {
         if let Op::Doom { after, host } = *op {
@@ -436,7 +437,7 @@ fn check_map(world: &World) {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 256, failure_persistence: None, ..ProptestConfig::default() })]
+    #![proptest_config(ProptestConfig { failure_persistence: None, ..ProptestConfig::default() })]
 
     #[test]
     fn an_overlay_equals_plain_bytes_through_kills_and_crashes(

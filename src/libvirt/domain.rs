@@ -314,6 +314,35 @@ mod tests {
     }
 
     #[test]
+    fn libvirt_finds_a_full_domain_valid() {
+        use std::io::Write as _;
+        let domain = Domain {
+            accelerator: Accelerator::Kvm,
+            boot: Some(DirectBoot {
+                kernel: "/srv/vm/boot/aa".into(),
+                ramdisk: Some("/srv/vm/boot/bb".into()),
+                append: "root=/dev/vda quiet".into(),
+            }),
+            network: Some("default".into()),
+            console_log: Some("/run/cowdisk/web-1-console.log".into()),
+            ..domain()
+        };
+        for domain in [domain, self::domain()] {
+            let mut file = tempfile::NamedTempFile::new().unwrap();
+            file.write_all(domain.to_element().unwrap().to_xml().unwrap().as_bytes()).unwrap();
+            // libvirt's test driver needs no daemon; it checks against libvirt's schema.
+            let checked = std::process::Command::new("virsh")
+                .args(["-c", "test:///default", "define", "--validate", "--file"])
+                .arg(file.path())
+                .output();
+            match checked {
+                Ok(output) => assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr)),
+                Err(error) => eprintln!("skipped: virsh: {error}"),
+            }
+        }
+    }
+
+    #[test]
     fn targets_follow_those_in_use() {
         let used = |names: &[&str]| names.iter().map(|&name| name.to_owned()).collect::<Vec<_>>();
         assert_eq!(free_targets(&[], 2), ["vda", "vdb"]);

@@ -8,6 +8,7 @@ pub mod error;
 pub mod format;
 pub mod overlay;
 pub mod storage;
+pub mod store;
 pub mod units;
 
 pub use error::{Context, Error, ErrorKind, Result};

@@ -9,6 +9,7 @@ pub mod format;
 pub mod libvirt;
 pub mod overlay;
 pub mod storage;
+pub mod store;
 pub mod units;
 
 pub use error::{Context, Error, ErrorKind, Result};

@@ -4,7 +4,9 @@
 //! shows each instance's disks as raw files. `ARCHITECTURE.md` says which module may use which; [`format`] holds the
 //! specification of everything on disk.
 
+pub mod daemon;
 pub mod error;
+pub mod transport;
 pub mod units;
 
 pub use error::{Context, Error, ErrorKind, Result};

@@ -6,6 +6,9 @@
 
 pub mod daemon;
 pub mod error;
+pub mod format;
+pub mod overlay;
+pub mod storage;
 pub mod transport;
 pub mod units;
 

@@ -1,0 +1,179 @@
+//! Records of the journal: what one commit changed in the map.
+
+use super::block_state::BlockState;
+use super::checksum::{CHECKSUM_BYTES, Checksum};
+use super::fields::{u32_at, u64_at};
+use super::ids::LayerId;
+use crate::error::{Error, ErrorKind, Result};
+use crate::units::BlockSpan;
+
+/// A record is a whole number of these, in bytes, so that no two records share a page of the host.
+pub const JOURNAL_BLOCK_BYTES: usize = 4096;
+
+const MAGIC_VALUE: [u8; 8] = *b"COWJRNL1";
+
+const MAGIC: usize = 0;
+const SEQUENCE: usize = MAGIC + 8;
+const BYTES: usize = SEQUENCE + 8;
+const COUNT: usize = BYTES + 4;
+const RESERVED: usize = COUNT + 4;
+const CHANGES: usize = RESERVED + 24;
+const _: () = assert!(CHANGES == 48);
+
+const CHANGE_BYTES: usize = 16;
+const CHANGE_FIRST: usize = 0;
+const CHANGE_BLOCKS: usize = CHANGE_FIRST + 8;
+const CHANGE_STATE: usize = CHANGE_BLOCKS + 4;
+const CHANGE_RESERVED: usize = CHANGE_STATE + 1;
+const _: () = assert!(CHANGE_RESERVED + 3 == CHANGE_BYTES);
+
+/// A run of blocks that got a new state.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Change {
+    /// The blocks: 1 to 2³² − 1 of them.
+    pub span: BlockSpan,
+    /// Their state from now on.
+    pub state: BlockState,
+}
+
+/// One commit.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct JournalRecord {
+    /// Grows by 1 with each record of the layer's life, from 1 on.
+    pub sequence: u64,
+    /// What changed, in the order in which it is to be applied.
+    pub changes: Vec<Change>,
+}
+
+/// Bytes that a record of `changes` changes takes.
+pub fn record_bytes_for(changes: usize) -> u64 {
+    (CHANGES + changes * CHANGE_BYTES + CHECKSUM_BYTES).next_multiple_of(JOURNAL_BLOCK_BYTES) as u64
+}
+
+/// How many changes a record of at most `bytes` bytes, a multiple of [`JOURNAL_BLOCK_BYTES`], can hold.
+pub fn changes_that_fit(bytes: u64) -> usize {
+    let bytes = usize::try_from(bytes).expect("a record fits memory");
+    bytes.saturating_sub(CHANGES + CHECKSUM_BYTES) / CHANGE_BYTES
+}
+
+impl JournalRecord {
+    /// The record as bytes, a multiple of [`JOURNAL_BLOCK_BYTES`].
+    ///
+    /// # Panics
+    /// If a change has no block or 2³² or more: the caller cuts them.
+    pub fn encode(&self, layer: LayerId) -> Vec<u8> {
+        let total = record_bytes_for(self.changes.len());
+        let mut bytes = vec![0; usize::try_from(total).expect("a record fits memory")];
+        let as_u32 = |value: u64| u32::try_from(value).expect("a record stays below 4 GiB");
+        bytes[MAGIC..SEQUENCE].copy_from_slice(&MAGIC_VALUE);
+        bytes[SEQUENCE..BYTES].copy_from_slice(&self.sequence.to_le_bytes());
+        bytes[BYTES..COUNT].copy_from_slice(&as_u32(total).to_le_bytes());
+        bytes[COUNT..RESERVED].copy_from_slice(&as_u32(self.changes.len() as u64).to_le_bytes());
+        for (place, change) in bytes[CHANGES..].chunks_exact_mut(CHANGE_BYTES).zip(&self.changes) {
+            assert!(!change.span.is_empty());
+            let blocks = u32::try_from(change.span.len()).expect("the caller cuts longer runs");
+            place[CHANGE_FIRST..CHANGE_BLOCKS].copy_from_slice(&change.span.start.to_le_bytes());
+            place[CHANGE_BLOCKS..CHANGE_STATE].copy_from_slice(&blocks.to_le_bytes());
+            place[CHANGE_STATE] = change.state as u8;
+        }
+        Checksum::seal(layer, &mut bytes);
+        bytes
+    }
+
+    /// Reads the record at the start of `journal`, of a disk that can grow to `blocks_max` blocks. `None` where there
+    /// is no valid record: the end of the journal, or a record that a crash tore.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Corrupt`] if the checksum fits but a value is out of its range.
+    pub fn decode(layer: LayerId, blocks_max: u64, journal: &[u8]) -> Result<Option<Self>> {
+        let Some(bytes) = whole_record(layer, journal) else { return Ok(None) };
+        let sequence = u64_at(bytes, SEQUENCE);
+        let corrupt =
+            |what: &str| Error::new(ErrorKind::Corrupt, format!("journal record {sequence}: {what}"));
+        let count = u32_at(bytes, COUNT) as usize;
+        let room = (bytes.len() - CHANGES - CHECKSUM_BYTES) / CHANGE_BYTES;
+        if count > room {
+            return Err(corrupt("more changes than fit into it"));
+        }
+        let (used, rest) = bytes[CHANGES..bytes.len() - CHECKSUM_BYTES].split_at(count * CHANGE_BYTES);
+        if bytes[RESERVED..CHANGES].iter().chain(rest).any(|&byte| byte != 0) {
+            return Err(corrupt("reserved bytes are not zero"));
+        }
+        let mut changes = Vec::with_capacity(count);
+        for place in used.chunks_exact(CHANGE_BYTES) {
+            let (first, blocks) = (u64_at(place, CHANGE_FIRST), u64::from(u32_at(place, CHANGE_BLOCKS)));
+            let state = Some(place[CHANGE_STATE]).filter(|&state| state < 3);
+            let state = state.and_then(|state| BlockState::from_bits(u64::from(state)));
+            let end = first.checked_add(blocks).filter(|&end| end <= blocks_max && blocks > 0);
+            let reserved_zero = place[CHANGE_RESERVED..].iter().all(|&byte| byte == 0);
+            match (state, end) {
+                (Some(state), Some(end)) if reserved_zero => {
+                    changes.push(Change { span: BlockSpan::new(first, end), state });
+                }
+                _ => return Err(corrupt("a change is out of range")),
+            }
+        }
+        Ok(Some(Self { sequence, changes }))
+    }
+}
+
+/// The bytes of the record at the start of `journal`, if there is one and its checksum fits.
+fn whole_record(layer: LayerId, journal: &[u8]) -> Option<&[u8]> {
+    if journal.len() < JOURNAL_BLOCK_BYTES || journal[MAGIC..SEQUENCE] != MAGIC_VALUE {
+        return None;
+    }
+    let len = u32_at(journal, BYTES) as usize;
+    if len == 0 || !len.is_multiple_of(JOURNAL_BLOCK_BYTES) || len > journal.len() {
+        return None;
+    }
+    Checksum::verify(layer, &journal[..len])?;
+    Some(&journal[..len])
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const LAYER: LayerId = LayerId([7; 16]);
+
+    fn record(changes: u64) -> JournalRecord {
+        let changes = (0..changes)
+            .map(|n| Change { span: BlockSpan::new(3 * n, 3 * n + 2), state: BlockState::Zero })
+            .collect();
+        JournalRecord { sequence: 5, changes }
+    }
+
+    #[test]
+    fn records_survive_their_encoding() {
+        for changes in [0, 1, 252, 253, 1000] {
+            let bytes = record(changes).encode(LAYER);
+            assert_eq!(bytes.len() as u64, record_bytes_for(usize::try_from(changes).expect("small")));
+            assert_eq!(JournalRecord::decode(LAYER, 1 << 20, &bytes).expect("valid"), Some(record(changes)));
+        }
+        assert_eq!(record_bytes_for(252), 4096);
+        assert_eq!(record_bytes_for(253), 8192);
+        assert_eq!((changes_that_fit(0), changes_that_fit(4096), changes_that_fit(8192)), (0, 252, 508));
+    }
+
+    #[test]
+    fn a_torn_record_is_no_record() {
+        let bytes = record(300).encode(LAYER);
+        for sector in (0..bytes.len()).step_by(512) {
+            let mut torn = bytes.clone();
+            torn[sector..sector + 512].fill(0xee);
+            assert_eq!(
+                JournalRecord::decode(LAYER, 1 << 20, &torn).expect("not corrupt"),
+                None,
+                "at {sector}"
+            );
+        }
+        assert_eq!(JournalRecord::decode(LAYER, 1 << 20, &bytes[..4096]).expect("not corrupt"), None);
+        assert_eq!(JournalRecord::decode(LAYER, 1 << 20, &[]).expect("not corrupt"), None);
+    }
+
+    #[test]
+    fn a_change_past_the_largest_disk_is_corrupt() {
+        let bytes = record(10).encode(LAYER);
+        assert!(JournalRecord::decode(LAYER, 20, &bytes).is_err());
+    }
+}

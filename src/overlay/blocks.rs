@@ -1,0 +1,193 @@
+//! Whole-block operations: reading an extent, copy-up, storing and clearing blocks.
+//!
+//! Whoever calls what changes a block holds it (see [`super::block_locks`]). A block's data is always written before
+//! its state says so, and a block that becomes `Data` is always written whole: what an earlier life of it left in the
+//! data file never shows.
+
+use super::alloc_map::AllocMap;
+use super::base::BaseImage;
+use super::states::Extent;
+use crate::error::{Context, Result};
+use crate::format::BlockState;
+use crate::storage::{LatchedStorage, Storage};
+use crate::units::{BlockSpan, Geometry};
+
+/// Data, base and map of one overlay, in blocks.
+#[derive(Debug)]
+pub struct Blocks {
+    /// The block grid. Its size is that of the opening: only lead and block size are used here.
+    grid: Geometry,
+    data: LatchedStorage,
+    base: BaseImage,
+    map: AllocMap,
+}
+
+impl Blocks {
+    /// Joins the parts of an overlay.
+    pub fn new(grid: Geometry, data: LatchedStorage, base: BaseImage, map: AllocMap) -> Self {
+        Self { grid, data, base, map }
+    }
+
+    /// The allocation map.
+    pub fn map(&self) -> &AllocMap {
+        &self.map
+    }
+
+    /// The data file.
+    pub fn data(&self) -> &LatchedStorage {
+        &self.data
+    }
+
+    /// The base.
+    pub fn base(&self) -> &BaseImage {
+        &self.base
+    }
+
+    /// Gives up the parts but the map.
+    pub fn into_map(self) -> AllocMap {
+        self.map
+    }
+
+    /// Fills `buf` with the bytes at `offset` of the disk, all of them in blocks of one state.
+    pub fn read_in(&self, state: BlockState, offset: u64, buf: &mut [u8]) -> Result<()> {
+        match state {
+            BlockState::Data => self.data.read_at(self.grid.data_offset(offset), buf),
+            BlockState::Base => self.base.read_at(offset, buf),
+            BlockState::Zero => {
+                buf.fill(0);
+                Ok(())
+            }
+        }
+    }
+
+    /// Overwrites bytes at `offset` of the disk, all of them in blocks of state `Data`. Needs no lock: the state cannot
+    /// become anything that copies the block up, and a concurrent discard may come before or after.
+    pub fn overwrite(&self, offset: u64, buf: &[u8]) -> Result<()> {
+        self.data.write_at(self.grid.data_offset(offset), buf)
+    }
+
+    /// Writes bytes at `offset` of the disk into the blocks of `extent`, which are not `Data` yet: whole blocks are
+    /// stored, parts of blocks copied up.
+    pub fn write_new(&self, extent: Extent, offset: u64, buf: &[u8]) -> Result<()> {
+        let block_bytes = self.block_bytes();
+        let start = self.grid.data_offset(offset);
+        let end = start + buf.len() as u64;
+        let mut at = start;
+        while at < end {
+            let block = at / block_bytes;
+            let whole = end / block_bytes;
+            let piece_end = if at.is_multiple_of(block_bytes) && whole > block {
+                whole * block_bytes
+            } else {
+                end.min((block + 1) * block_bytes)
+            };
+            let piece = &buf[to_usize(at - start)..to_usize(piece_end - start)];
+            if piece_end - at >= block_bytes {
+                self.store(BlockSpan::new(block, whole), piece)?;
+            } else {
+                self.copy_up(block, extent.state, at % block_bytes, piece)?;
+            }
+            at = piece_end;
+        }
+        Ok(())
+    }
+
+    /// Stores whole blocks, none of them `Data`. Zeroes need no room.
+    fn store(&self, span: BlockSpan, buf: &[u8]) -> Result<()> {
+        if is_zero(buf) {
+            return self.clear(span);
+        }
+        self.map.prepare(span)?;
+        self.data.write_at(span.start * self.block_bytes(), buf)?;
+        self.map.set(span, BlockState::Data);
+        Ok(())
+    }
+
+    /// Makes `block`, in state `state` and not `Data`, hold `piece` at byte `within`, and around it what it showed.
+    fn copy_up(&self, block: u64, state: BlockState, within: u64, piece: &[u8]) -> Result<()> {
+        let span = BlockSpan::new(block, block + 1);
+        let mut copy = vec![0; to_usize(self.block_bytes())];
+        if state == BlockState::Base {
+            let lead = if block == 0 { u64::from(self.grid.lead()) } else { 0 };
+            let from = block * self.block_bytes() + lead - u64::from(self.grid.lead());
+            self.base.read_at(from, &mut copy[to_usize(lead)..]).context(|| "copy up")?;
+        }
+        copy[to_usize(within)..][..piece.len()].copy_from_slice(piece);
+        self.store(span, &copy)
+    }
+
+    /// Makes part of one block zeroes, where it is not anyway.
+    pub fn clear_part(&self, extent: Extent, offset: u64, len: u64) -> Result<()> {
+        let zeroes = || vec![0; to_usize(len)];
+        match extent.state {
+            BlockState::Zero => Ok(()),
+            BlockState::Data => self.overwrite(offset, &zeroes()),
+            BlockState::Base if self.base.is_hole(offset, len)? => Ok(()),
+            BlockState::Base => self.write_new(extent, offset, &zeroes()),
+        }
+    }
+
+    /// Makes whole blocks zeroes and gives their space back: they become `Base` where the base has a hole, else `Zero`.
+    pub fn clear(&self, span: BlockSpan) -> Result<()> {
+        let mut block = span.start;
+        while block < span.end {
+            let extent = self.map.extent(block, span.end);
+            match extent.state {
+                BlockState::Zero => {}
+                BlockState::Data => {
+                    self.map.prepare(extent.span)?;
+                    let bytes = extent.span.len() * self.block_bytes();
+                    self.data.punch(extent.span.start * self.block_bytes(), bytes)?;
+                    self.set_cleared(extent)?;
+                }
+                BlockState::Base => self.set_cleared(extent)?,
+            }
+            block = extent.span.end;
+        }
+        Ok(())
+    }
+
+    /// Gives blocks that are to read as zeroes the state for it, cutting the run where the base's holes begin and end.
+    fn set_cleared(&self, extent: Extent) -> Result<()> {
+        let mut block = extent.span.start;
+        while block < extent.span.end {
+            let (hole, end) = self.base_run(block, extent.span.end)?;
+            let run = BlockSpan::new(block, end);
+            let state = if hole { BlockState::Base } else { BlockState::Zero };
+            if state != extent.state {
+                self.map.prepare(run)?;
+                self.map.set(run, state);
+            }
+            block = end;
+        }
+        Ok(())
+    }
+
+    /// Whether `block` lies in a hole of the base, and the end of the run of blocks, up to `end`, of which that holds.
+    pub fn base_run(&self, block: u64, end: u64) -> Result<(bool, u64)> {
+        let lead = u64::from(self.grid.lead());
+        let at = (block * self.block_bytes()).saturating_sub(lead);
+        let Some(data) = self.base.next_data(at)? else { return Ok((true, end)) };
+        let first_with_data = self.grid.block_of(data).0;
+        if first_with_data > block {
+            return Ok((true, first_with_data.min(end)));
+        }
+        let hole = self.base.next_hole(data)?;
+        let first_without = self.grid.data_offset(hole).div_ceil(self.block_bytes());
+        Ok((false, first_without.clamp(block + 1, end)))
+    }
+
+    fn block_bytes(&self) -> u64 {
+        u64::from(self.grid.block_bytes())
+    }
+}
+
+fn to_usize(bytes: u64) -> usize {
+    usize::try_from(bytes).expect("within a buffer in memory")
+}
+
+/// Whether all bytes are zero: by 16 at a time, and done at the first that is not.
+fn is_zero(bytes: &[u8]) -> bool {
+    let (chunks, rest) = bytes.as_chunks::<16>();
+    chunks.iter().all(|chunk| *chunk == [0; 16]) && rest.iter().all(|&byte| byte == 0)
+}

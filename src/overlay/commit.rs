@@ -1,0 +1,140 @@
+//! The flush protocol: data first, then map.
+//!
+//! 1. Take the runs of blocks that changed since the last commit, and read their states from the live map. Whatever
+//!    they say is `Data` was written before it said so.
+//! 2. Sync the data file.
+//! 3. If there was any run: append one record to the journal by one durable write; or, if the journal has no room for
+//!    it, write the pages, sync them and switch to them by writing the superblock.
+//!
+//! A crash before 3 has ended leaves the map of the commit before (I2, I3).
+
+use std::sync::atomic::Ordering;
+
+use super::Overlay;
+use super::alloc_map::pages_of_runs;
+use super::durable_map::DurableMap;
+use crate::error::{Context, Error, ErrorKind, Result};
+use crate::storage::{LatchedStorage, Storage};
+use crate::units::BlockSpan;
+
+impl Overlay {
+    /// Makes every write that was completed before the call durable. Callers that wait for each other share one commit.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Io`] if the host's disk fails to sync: from then on the overlay refuses writes until it is opened
+    /// again, and opening it shows what the flush before had covered.
+    pub fn flush(&self) -> Result<()> {
+        let ticket = self.flush_tickets.fetch_add(1, Ordering::AcqRel) + 1;
+        let mut durable = self.blocks.map().durable();
+        if self.flushed_tickets.load(Ordering::Acquire) >= ticket {
+            // Another caller's commit began after this call did: it covered whatever this one has to.
+            return self.latch.check();
+        }
+        self.commit(&mut durable, false)
+    }
+
+    /// Whether a checkpoint would be good now: half of the journal is in use.
+    pub fn checkpoint_due(&self) -> bool {
+        self.blocks.map().durable().checkpoint_due()
+    }
+
+    /// A flush that also empties the journal, for the background: a flush that finds it full has to.
+    ///
+    /// # Errors
+    /// Those of [`Overlay::flush`].
+    pub fn checkpoint(&self) -> Result<()> {
+        self.commit(&mut self.blocks.map().durable(), true)
+    }
+
+    /// Grows the disk to `size` bytes; what is new reads as zeroes. Durable on return. The same size does nothing.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Invalid`] if `size` is smaller than now, no multiple of 512, or above 16 TiB.
+    pub fn grow(&self, size: u64) -> Result<()> {
+        let mut durable = self.blocks.map().durable();
+        let now = durable.superblock().geometry;
+        if size < now.size() {
+            let message = format!("a disk cannot shrink, from {} to {size} bytes", now.size());
+            return Err(Error::new(ErrorKind::Invalid, message));
+        }
+        if size == now.size() {
+            return Ok(());
+        }
+        let grown = now.resized(size)?;
+        let result = self
+            .blocks
+            .data()
+            .set_len(grown.data_bytes())
+            .and_then(|()| self.blocks.data().sync())
+            .and_then(|()| durable.resize(grown));
+        self.after_commit(result.context(|| format!("grow disk {} to {size} bytes", self.name)))?;
+        self.size.store(size, Ordering::Release);
+        Ok(())
+    }
+
+    /// Flushes, empties the journal, marks the overlay as closed cleanly and removes the live map.
+    ///
+    /// # Errors
+    /// Those of [`Overlay::flush`]. The live map stays then, so that opening the overlay again in this boot of the host
+    /// loses nothing (but after a failed sync it is the durable map that counts).
+    pub fn close(self) -> Result<()> {
+        {
+            let mut durable = self.blocks.map().durable();
+            self.commit(&mut durable, false)?;
+            if self.blocks.map().session_begun(&durable) {
+                if durable.has_journaled_changes() {
+                    self.commit(&mut durable, true)?;
+                }
+                let ended = durable.end_session().context(|| format!("close disk {}", self.name));
+                self.after_commit(ended)?;
+            }
+        }
+        self.blocks.into_map().remove_live_map()
+    }
+
+    fn commit(&self, durable: &mut DurableMap<LatchedStorage>, checkpoint: bool) -> Result<()> {
+        self.latch.check()?;
+        let tickets = self.flush_tickets.load(Ordering::Acquire);
+        let runs = self.blocks.map().take_uncommitted();
+        let result = self.commit_runs(durable, &runs, checkpoint);
+        match &result {
+            Ok(()) => self.flushed_tickets.store(tickets, Ordering::Release),
+            Err(_) => self.blocks.map().put_back(runs),
+        }
+        self.after_commit(result.context(|| format!("flush disk {}", self.name)))
+    }
+
+    fn commit_runs(
+        &self,
+        durable: &mut DurableMap<LatchedStorage>,
+        runs: &[BlockSpan],
+        checkpoint: bool,
+    ) -> Result<()> {
+        let map = self.blocks.map();
+        let sync_data = || self.blocks.data().sync();
+        let changes = if checkpoint { None } else { map.changes_in(runs, durable.room_for_changes()) };
+        match changes {
+            Some(changes) => {
+                // Data first: a record that survives a crash must never name data that did not (I2).
+                sync_data()?;
+                if changes.is_empty() { Ok(()) } else { durable.append(changes) }
+            }
+            None => durable.checkpoint(&pages_of_runs(runs), |page| map.snapshot(page), sync_data),
+        }
+    }
+
+    /// After a failed sync the live map may name data that never reached the disk: nobody may take it up again.
+    fn after_commit(&self, result: Result<()>) -> Result<()> {
+        if result.is_err() && self.latch.is_closed() {
+            log::error!(
+                "disk {}: a sync of the host's disk failed; writes are refused from now on",
+                self.name
+            );
+            self.blocks.map().distrust_live_map().map_err(|error| {
+                let message = format!("disk {}: remove its live map by hand", self.name);
+                Error::caused(ErrorKind::Io, message, error)
+            })?;
+        }
+        result
+    }
+}

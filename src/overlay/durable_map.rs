@@ -1,0 +1,305 @@
+//! The durable map: what the map file says of the layer, and how it is changed so that a crash at any point leaves the
+//! old or the new.
+//!
+//! A commit appends one record to the journal. A checkpoint writes whole pages, each into the slot that does not hold
+//! its current copy, and then the superblock, which makes them current and the journal empty. [`crate::format`] has the
+//! bytes and the invariants.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use super::states::{PageWords, SparseStates};
+use crate::error::{Context, Error, ErrorKind, Result};
+use crate::format::{
+    BLOCKS_PER_PAGE, BootId, Change, JOURNAL_BLOCK_BYTES, JOURNAL_BYTES, JOURNAL_OFFSET, JournalRecord,
+    MapPage, PAGE_BYTES, PAGES_OFFSET, SUPERBLOCK_BYTES, SessionId, Superblock, changes_that_fit, page_count,
+    record_bytes_for, slot_offset,
+};
+use crate::storage::Storage;
+use crate::units::Geometry;
+
+/// Bytes read at once while the pages are loaded: a multiple of two slots.
+const LOAD_BYTES: usize = 256 * PAGE_BYTES;
+
+/// The map file of one open layer.
+#[derive(Debug)]
+pub struct DurableMap<S> {
+    storage: S,
+    superblock: Superblock,
+    /// Bytes of the journal that hold records since the last checkpoint.
+    journal_used: u64,
+    /// The number that the next record gets.
+    next_sequence: u64,
+    /// Where the current copy of each page is.
+    pages: BTreeMap<u64, CurrentPage>,
+    /// Pages with changes that are in the journal and not in the pages.
+    journaled: BTreeSet<u64>,
+}
+
+/// The current copy of a page.
+#[derive(Clone, Copy, Debug)]
+struct CurrentPage {
+    slot: u64,
+    checksum: u128,
+}
+
+/// Writes the superblock of a new layer into an empty map file and syncs it.
+///
+/// # Errors
+/// Those of the storage.
+pub fn format(storage: &dyn Storage, superblock: &Superblock) -> Result<()> {
+    let copy = superblock.encode();
+    storage.write_at(0, &[copy, copy].concat())?;
+    storage.sync()
+}
+
+/// Reads the superblock: the newer of the copies that are whole.
+///
+/// # Errors
+/// [`ErrorKind::Corrupt`] if no copy is; [`ErrorKind::Unsupported`] if one is, of a version that is not known.
+pub fn read_superblock(storage: &dyn Storage) -> Result<Superblock> {
+    let mut found: Result<Superblock> = Err(Error::new(ErrorKind::Corrupt, "superblock: missing"));
+    for copy in 0..2 {
+        let mut bytes = [0; SUPERBLOCK_BYTES];
+        storage.read_at(copy * SUPERBLOCK_BYTES as u64, &mut bytes)?;
+        found = match (found, Superblock::decode(&bytes)) {
+            (Ok(one), Ok(two)) if two.generation <= one.generation => Ok(one),
+            (_, Ok(two)) => Ok(two),
+            // A copy of an unknown version outranks what an older cowdisk may have left in the other one.
+            (_, Err(error)) if error.kind() == ErrorKind::Unsupported => return Err(error),
+            (Ok(one), Err(_)) => Ok(one),
+            (Err(_), Err(error)) => Err(error),
+        };
+    }
+    found
+}
+
+impl<S: Storage> DurableMap<S> {
+    /// Reads superblock, pages and journal, and the states that they say. Changes nothing.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Corrupt`] if a page or a record that had been committed is damaged or gone.
+    pub fn load(storage: S) -> Result<(Self, SparseStates)> {
+        let superblock = read_superblock(&storage)?;
+        let next_sequence = superblock.journal_sequence;
+        let mut map = Self {
+            storage,
+            superblock,
+            journal_used: 0,
+            next_sequence,
+            pages: BTreeMap::new(),
+            journaled: BTreeSet::new(),
+        };
+        let mut states = map.load_pages()?;
+        map.replay_journal(&mut states)?;
+        Ok((map, states))
+    }
+
+    /// Finds the current copy of every page: of the valid ones that the last checkpoint covers, the newest (I4). Slots
+    /// that are damaged, or newer, are what an interrupted checkpoint left; that nothing else is missing is proved by
+    /// the digest.
+    fn load_pages(&mut self) -> Result<SparseStates> {
+        let mut states = SparseStates::default();
+        let end = slot_offset(page_count(self.superblock.geometry), 0);
+        let mut chunk = vec![0; LOAD_BYTES];
+        let mut at = PAGES_OFFSET;
+        while let Some(data) = self.storage.next_data(at)?.filter(|&data| data < end) {
+            at = data - (data - PAGES_OFFSET) % (2 * PAGE_BYTES as u64);
+            self.storage.read_at(at, &mut chunk)?;
+            for (pair, bytes) in (0..).zip(chunk.chunks_exact(2 * PAGE_BYTES)) {
+                let page = (at - PAGES_OFFSET) / (2 * PAGE_BYTES as u64) + pair;
+                if let Some((current, words)) = self.current_copy(page, bytes)? {
+                    self.pages.insert(page, current);
+                    states.insert_page(page, words);
+                }
+            }
+            at += LOAD_BYTES as u64;
+        }
+        let digest = self.pages.values().fold(0u128, |sum, page| sum.wrapping_add(page.checksum));
+        if digest != self.superblock.pages_digest {
+            let message =
+                "map: the pages are not those of the last checkpoint (one is damaged, lost or stale)";
+            return Err(Error::new(ErrorKind::Corrupt, message));
+        }
+        Ok(states)
+    }
+
+    fn current_copy(&self, page: u64, slots: &[u8]) -> Result<Option<(CurrentPage, Box<PageWords>)>> {
+        let mut best: Option<(u64, CurrentPage, Box<PageWords>)> = None;
+        for (slot, bytes) in (0..).zip(slots.chunks_exact(PAGE_BYTES)) {
+            if bytes.iter().all(|&byte| byte == 0) {
+                continue;
+            }
+            let bytes = bytes.try_into().expect("chunks of a page");
+            let Ok((found, checksum)) = MapPage::decode(self.superblock.layer, page, bytes) else { continue };
+            if found.generation > self.superblock.checkpoint + 1 {
+                let message = format!("map page {page}: newer than the superblock");
+                return Err(Error::new(ErrorKind::Corrupt, message));
+            }
+            let covered = found.generation <= self.superblock.checkpoint;
+            if covered && best.as_ref().is_none_or(|(generation, ..)| found.generation > *generation) {
+                let current = CurrentPage { slot, checksum: checksum.as_u128() };
+                best = Some((found.generation, current, found.words));
+            }
+        }
+        Ok(best.map(|(_, current, words)| (current, words)))
+    }
+
+    /// Applies the records since the last checkpoint. The first block without the expected record is the end; were a
+    /// later record behind it, a committed one would be lost.
+    fn replay_journal(&mut self, states: &mut SparseStates) -> Result<()> {
+        let len = usize::try_from(self.superblock.journal_bytes).expect("checked by decode: at most 1 MiB");
+        let mut journal = vec![0; len];
+        self.storage.read_at(JOURNAL_OFFSET, &mut journal)?;
+        let blocks_max = self.superblock.geometry.blocks_max();
+        let mut at = 0;
+        while at < len {
+            let record = JournalRecord::decode(self.superblock.layer, blocks_max, &journal[at..])?;
+            let Some(record) = record.filter(|record| record.sequence == self.next_sequence) else { break };
+            for &change in &record.changes {
+                states.apply(change);
+            }
+            self.note_journaled(&record.changes);
+            self.next_sequence += 1;
+            at += usize::try_from(record_bytes_for(record.changes.len())).expect("it was in memory");
+        }
+        self.journal_used = at as u64;
+        for at in (at..len).step_by(JOURNAL_BLOCK_BYTES) {
+            let later = JournalRecord::decode(self.superblock.layer, blocks_max, &journal[at..])?;
+            if later.is_some_and(|record| record.sequence >= self.next_sequence) {
+                let message = format!("journal: record {} is damaged or lost", self.next_sequence);
+                return Err(Error::new(ErrorKind::Corrupt, message));
+            }
+        }
+        Ok(())
+    }
+
+    fn note_journaled(&mut self, changes: &[Change]) {
+        for change in changes {
+            let (first, last) =
+                (change.span.start / BLOCKS_PER_PAGE, (change.span.end - 1) / BLOCKS_PER_PAGE);
+            self.journaled.extend(first..=last);
+        }
+    }
+
+    /// The superblock as it is on disk.
+    pub fn superblock(&self) -> &Superblock {
+        &self.superblock
+    }
+
+    /// Whether more than half of the journal is in use.
+    pub fn checkpoint_due(&self) -> bool {
+        self.journal_used * 2 > self.superblock.journal_bytes
+    }
+
+    /// Whether the pages alone do not say everything.
+    pub fn has_journaled_changes(&self) -> bool {
+        self.journal_used > 0
+    }
+
+    /// How many changes fit into one more record.
+    pub fn room_for_changes(&self) -> usize {
+        changes_that_fit(self.superblock.journal_bytes - self.journal_used)
+    }
+
+    /// Marks the layer as being written to in `session`, and gives it a journal if it has none.
+    ///
+    /// # Errors
+    /// [`ErrorKind::NoSpace`] if the host has no room for the journal; the layer is unchanged then.
+    pub fn begin_session(&mut self, session: SessionId, boot: BootId) -> Result<()> {
+        let mut next = Superblock { session, boot, ..self.superblock.clone() };
+        if next.journal_bytes == 0 {
+            // Written, not only reserved: a record written into an unwritten extent would cost a commit of the host
+            // file system's own journal (I6).
+            let zeroes = vec![0; usize::try_from(JOURNAL_BYTES).expect("256 KiB")];
+            self.storage.write_at(JOURNAL_OFFSET, &zeroes)?;
+            self.storage.sync()?;
+            next.journal_bytes = JOURNAL_BYTES;
+        }
+        self.write_superblock(next)
+    }
+
+    /// Marks the layer as closed cleanly.
+    pub fn end_session(&mut self) -> Result<()> {
+        let next = Superblock { session: SessionId::NONE, boot: BootId::NONE, ..self.superblock.clone() };
+        self.write_superblock(next)
+    }
+
+    /// Records a new size.
+    pub fn resize(&mut self, geometry: Geometry) -> Result<()> {
+        self.write_superblock(Superblock { geometry, ..self.superblock.clone() })
+    }
+
+    fn write_superblock(&mut self, next: Superblock) -> Result<()> {
+        let next = Superblock { generation: self.superblock.generation + 1, ..next };
+        let bytes = next.encode();
+        self.storage.write_durable_at(0, &bytes).context(|| "superblock")?;
+        self.storage.write_durable_at(SUPERBLOCK_BYTES as u64, &bytes).context(|| "superblock")?;
+        self.superblock = next;
+        Ok(())
+    }
+
+    /// Reserves the space of both slots of `page`, so that a checkpoint cannot fail for want of room.
+    ///
+    /// # Errors
+    /// [`ErrorKind::NoSpace`] if the host has none.
+    pub fn reserve_page(&self, page: u64) -> Result<()> {
+        self.storage.allocate(slot_offset(page, 0), 2 * PAGE_BYTES as u64)
+    }
+
+    /// Commits `changes` by one durable write. The caller has synced the data that they name (I2).
+    ///
+    /// # Errors
+    /// Those of the storage, which is latched then.
+    ///
+    /// # Panics
+    /// If there are more changes than [`DurableMap::room_for_changes`], or none.
+    pub fn append(&mut self, changes: Vec<Change>) -> Result<()> {
+        assert!(!changes.is_empty() && changes.len() <= self.room_for_changes());
+        let record = JournalRecord { sequence: self.next_sequence, changes };
+        let bytes = record.encode(self.superblock.layer);
+        self.storage.write_durable_at(JOURNAL_OFFSET + self.journal_used, &bytes).context(|| "journal")?;
+        self.note_journaled(&record.changes);
+        self.journal_used += bytes.len() as u64;
+        self.next_sequence += 1;
+        Ok(())
+    }
+
+    /// Writes all pages that have journaled changes, and those in `more`, as `snapshot` shows them now, and empties the
+    /// journal. `sync_data` runs after the last snapshot and before the pages become current (I2).
+    ///
+    /// # Errors
+    /// Those of the storage and of `sync_data`. The durable map is unchanged then.
+    pub fn checkpoint(
+        &mut self,
+        more: &BTreeSet<u64>,
+        snapshot: impl Fn(u64) -> Box<PageWords>,
+        sync_data: impl FnOnce() -> Result<()>,
+    ) -> Result<()> {
+        let generation = self.superblock.checkpoint + 1;
+        let mut digest = self.superblock.pages_digest;
+        let mut written = Vec::new();
+        for &page in self.journaled.union(more) {
+            let current = self.pages.get(&page);
+            let slot = current.map_or(0, |current| 1 - current.slot);
+            let image = MapPage { generation, index: page, words: snapshot(page) };
+            let (bytes, checksum) = image.encode(self.superblock.layer);
+            self.storage.write_at(slot_offset(page, slot), &bytes).context(|| format!("map page {page}"))?;
+            let checksum = checksum.as_u128();
+            digest =
+                digest.wrapping_sub(current.map_or(0, |current| current.checksum)).wrapping_add(checksum);
+            written.push((page, CurrentPage { slot, checksum }));
+        }
+        sync_data()?;
+        self.storage.sync().context(|| "map pages")?;
+        self.write_superblock(Superblock {
+            checkpoint: generation,
+            journal_sequence: self.next_sequence,
+            pages_digest: digest,
+            ..self.superblock.clone()
+        })?;
+        self.pages.extend(written);
+        self.journaled.clear();
+        self.journal_used = 0;
+        Ok(())
+    }
+}

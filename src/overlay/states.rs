@@ -1,0 +1,187 @@
+//! A private, sparse copy of an allocation map: what recovery builds and what inspectors read.
+
+use std::collections::BTreeMap;
+
+use crate::format::{BLOCKS_PER_PAGE, BlockState, Change, PAGE_WORDS, STATES_PER_WORD, StateWord, page_of};
+use crate::units::BlockSpan;
+
+/// The words of one map page.
+pub type PageWords = [u64; PAGE_WORDS];
+
+/// A run of blocks in one state.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Extent {
+    /// The blocks, at least one.
+    pub span: BlockSpan,
+    /// The state of each of them.
+    pub state: BlockState,
+}
+
+/// The states of all blocks of a layer; pages that were never written to take no memory, and are all `Base`.
+#[derive(Debug, Default)]
+pub struct SparseStates {
+    pages: BTreeMap<u64, Box<PageWords>>,
+}
+
+impl SparseStates {
+    /// Puts a whole page in its place.
+    pub fn insert_page(&mut self, page: u64, words: Box<PageWords>) {
+        self.pages.insert(page, words);
+    }
+
+    /// The pages that are there, in order.
+    pub fn pages(&self) -> impl Iterator<Item = (u64, &PageWords)> {
+        self.pages.iter().map(|(&page, words)| (page, words.as_ref()))
+    }
+
+    /// The words of `page`, if it is there.
+    pub fn page(&self, page: u64) -> Option<&PageWords> {
+        self.pages.get(&page).map(Box::as_ref)
+    }
+
+    /// Gives the blocks of `change` their new state.
+    pub fn apply(&mut self, change: Change) {
+        for piece in word_pieces(change.span) {
+            let words = self.pages.entry(piece.page).or_insert_with(|| Box::new([0; PAGE_WORDS]));
+            words[piece.word] = StateWord(words[piece.word]).with(piece.start, piece.end, change.state).0;
+        }
+    }
+
+    /// The longest run from block `start` on, up to `end` exclusive.
+    pub fn extent(&self, start: u64, end: u64) -> Extent {
+        extent_from(start, end, |page| self.page(page).map(|words| |word: usize| words[word]))
+    }
+
+    /// The last block in state `Data`, if there is one.
+    pub fn last_data_block(&self) -> Option<u64> {
+        self.pages.iter().rev().find_map(|(page, words)| {
+            let block = (0..PAGE_WORDS * STATES_PER_WORD).rev().find(|at| {
+                StateWord(words[at / STATES_PER_WORD]).get(at % STATES_PER_WORD) == BlockState::Data
+            })?;
+            Some(page * BLOCKS_PER_PAGE + block as u64)
+        })
+    }
+
+    /// The blocks whose state differs between the two maps, as runs in order.
+    pub fn differing_spans(&self, other: &Self) -> Vec<BlockSpan> {
+        const NONE: PageWords = [0; PAGE_WORDS];
+        let mut spans: Vec<BlockSpan> = Vec::new();
+        let mut pages: Vec<u64> = self.pages.keys().chain(other.pages.keys()).copied().collect();
+        pages.sort_unstable();
+        pages.dedup();
+        for page in pages {
+            let (ours, theirs) = (self.page(page).unwrap_or(&NONE), other.page(page).unwrap_or(&NONE));
+            let blocks = (0..PAGE_WORDS)
+                .filter(|&word| ours[word] != theirs[word])
+                .flat_map(|word| (0..STATES_PER_WORD).map(move |at| (word, at)))
+                .filter(|&(word, at)| StateWord(ours[word]).get(at) != StateWord(theirs[word]).get(at));
+            for (word, at) in blocks {
+                let block = page * BLOCKS_PER_PAGE + (word * STATES_PER_WORD + at) as u64;
+                match spans.last_mut() {
+                    Some(last) if last.end == block => last.end = block + 1,
+                    _ => spans.push(BlockSpan::new(block, block + 1)),
+                }
+            }
+        }
+        spans
+    }
+}
+
+/// The part of a span that lies in one word.
+pub struct WordPiece {
+    /// The page.
+    pub page: u64,
+    /// The word within the page.
+    pub word: usize,
+    /// First state within the word.
+    pub start: usize,
+    /// One past the last state within the word, at most 32.
+    pub end: usize,
+}
+
+/// Cuts `span` at the borders of words.
+pub fn word_pieces(span: BlockSpan) -> impl Iterator<Item = WordPiece> {
+    let mut block = span.start;
+    std::iter::from_fn(move || {
+        if block >= span.end {
+            return None;
+        }
+        let (page, within) = page_of(block);
+        let (word, start) = (within / STATES_PER_WORD, within % STATES_PER_WORD);
+        let left = usize::try_from(span.end - block).unwrap_or(usize::MAX);
+        let end = STATES_PER_WORD.min(start.saturating_add(left));
+        block += (end - start) as u64;
+        Some(WordPiece { page, word, start, end })
+    })
+}
+
+/// The longest run from block `start` on, up to `end` exclusive, in a map whose page `p` is `page(p)`: a function from
+/// word index to word, or `None` for a page that is all `Base`.
+///
+/// # Panics
+/// If there is no block between `start` and `end`.
+pub fn extent_from<F: Fn(usize) -> u64>(start: u64, end: u64, page: impl Fn(u64) -> Option<F>) -> Extent {
+    assert!(start < end, "no block in {start}..{end}");
+    let mut found: Option<BlockState> = None;
+    let mut block = start;
+    while block < end {
+        let (index, within) = page_of(block);
+        let in_page = match page(index) {
+            None if found.is_none_or(|state| state == BlockState::Base) => {
+                found = Some(BlockState::Base);
+                BLOCKS_PER_PAGE - within as u64
+            }
+            None => break,
+            Some(word_at) => {
+                let (word, at) = (within / STATES_PER_WORD, within % STATES_PER_WORD);
+                let word = StateWord(word_at(word));
+                let state = *found.get_or_insert_with(|| word.get(at));
+                let run = word.run_length(at, state);
+                if run < STATES_PER_WORD - at {
+                    block += run as u64;
+                    break;
+                }
+                run as u64
+            }
+        };
+        block += in_page;
+    }
+    Extent { span: BlockSpan::new(start, block.min(end)), state: found.expect("at least one block") }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn change(start: u64, end: u64, state: BlockState) -> Change {
+        Change { span: BlockSpan::new(start, end), state }
+    }
+
+    #[test]
+    fn extents_run_across_words_and_pages() {
+        let mut states = SparseStates::default();
+        states.apply(change(16_000, 40_000, BlockState::Data));
+        states.apply(change(16_200, 16_201, BlockState::Zero));
+        let extent = |start| states.extent(start, 1 << 20);
+        assert_eq!(extent(0), Extent { span: BlockSpan::new(0, 16_000), state: BlockState::Base });
+        assert_eq!(extent(16_000).span, BlockSpan::new(16_000, 16_200));
+        assert_eq!(extent(16_200), Extent { span: BlockSpan::new(16_200, 16_201), state: BlockState::Zero });
+        assert_eq!(extent(16_201).span, BlockSpan::new(16_201, 40_000));
+        assert_eq!(extent(40_000).span, BlockSpan::new(40_000, 1 << 20));
+        assert_eq!(states.extent(16_300, 16_310).span, BlockSpan::new(16_300, 16_310));
+        assert_eq!(states.last_data_block(), Some(39_999));
+    }
+
+    #[test]
+    fn maps_are_compared_block_by_block() {
+        let (mut one, mut two) = (SparseStates::default(), SparseStates::default());
+        one.apply(change(10, 20, BlockState::Data));
+        two.apply(change(10, 20, BlockState::Data));
+        two.apply(change(15, 17, BlockState::Zero));
+        two.apply(change(99_999, 100_001, BlockState::Data));
+        two.apply(change(50_000, 50_001, BlockState::Base));
+        let expected = vec![BlockSpan::new(15, 17), BlockSpan::new(99_999, 100_001)];
+        assert_eq!(one.differing_spans(&two), expected);
+        assert_eq!(two.differing_spans(&one), expected);
+    }
+}

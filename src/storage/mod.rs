@@ -1,0 +1,56 @@
+//! One file as an array of bytes: the only way in which the engine touches the host's disk.
+//!
+//! [`Storage`] is the seam that crash and fault tests replace. It promises what a Linux file promises: a write may be
+//! lost or torn at 512 bytes until a later [`Storage::sync`] of the same storage has returned; writes that are not
+//! synced reach the disk in any order.
+
+mod file;
+mod latch;
+mod mem;
+
+use std::fmt::Debug;
+
+use crate::error::Result;
+
+pub use file::FileStorage;
+pub use latch::{Latch, LatchedStorage};
+pub use mem::MemStorage;
+
+/// An array of bytes that several threads may read and write at the same time. All offsets and lengths are in bytes,
+/// at any alignment; a length of 0 does nothing.
+pub trait Storage: Send + Sync + Debug {
+    /// Bytes of the array: its end, one past the last byte.
+    fn size(&self) -> Result<u64>;
+
+    /// Bytes that the array takes of the host's disk.
+    fn allocated(&self) -> Result<u64>;
+
+    /// Fills `buf` with what lies at `offset`. Holes and all that lies past the end read as zeroes.
+    fn read_at(&self, offset: u64, buf: &mut [u8]) -> Result<()>;
+
+    /// Writes all of `buf` at `offset`; the array grows as needed. After an error any part may have been written.
+    fn write_at(&self, offset: u64, buf: &[u8]) -> Result<()>;
+
+    /// Writes all of `buf` at `offset` and returns once it, and it alone, survives a crash.
+    fn write_durable_at(&self, offset: u64, buf: &[u8]) -> Result<()>;
+
+    /// Makes everything that was completed before the call survive a crash. After an error the state of what was not
+    /// yet durable is unknown, and a second call that succeeds proves nothing: see [`LatchedStorage`].
+    fn sync(&self) -> Result<()>;
+
+    /// Sets the end. What lies beyond a smaller end is gone; a larger one adds a hole.
+    fn set_len(&self, len: u64) -> Result<()>;
+
+    /// Reserves space on the host's disk, so that a later write there cannot fail for want of room. Contents and end
+    /// stay as they are.
+    fn allocate(&self, offset: u64, len: u64) -> Result<()>;
+
+    /// Gives the space of a range back to the host's disk; it then reads as zeroes. The end stays.
+    fn punch(&self, offset: u64, len: u64) -> Result<()>;
+
+    /// The first byte at or after `offset` that does not lie in a hole, or `None`. A hint: data may be all zeroes.
+    fn next_data(&self, offset: u64) -> Result<Option<u64>>;
+
+    /// The first byte at or after `offset` that lies in a hole; the end counts as one.
+    fn next_hole(&self, offset: u64) -> Result<u64>;
+}

@@ -11,7 +11,7 @@ use crate::error::{Error, ErrorKind, Result};
 /// Bytes of a sector, the smallest unit that a disk promises to write whole.
 pub const SECTOR_BYTES: u64 = 512;
 
-/// Largest disk: 16 TiB, the largest file of ext4 with 4 KiB blocks.
+/// Largest disk: 16 TiB. (A file of ext4 with 4 KiB blocks ends one block below; XFS and btrfs hold larger ones.)
 pub const DISK_BYTES_MAX: u64 = 16 << 40;
 
 /// Smallest block: 4 KiB, a page of the host and the usual block of a guest's file system.

@@ -61,12 +61,10 @@ impl Overlay {
             return Ok(());
         }
         let grown = now.resized(size)?;
-        let result = self
-            .blocks
-            .data()
-            .set_len(grown.data_bytes())
-            .and_then(|()| self.blocks.data().sync())
-            .and_then(|()| durable.resize(grown));
+        let result = extend(self.blocks.data(), grown.data_bytes()).and_then(|()| {
+            self.blocks.data().sync()?;
+            durable.resize(grown)
+        });
         self.after_commit(result.context(|| format!("grow disk {} to {size} bytes", self.name)))?;
         self.size.store(size, Ordering::Release);
         Ok(())
@@ -137,4 +135,10 @@ impl Overlay {
         }
         result
     }
+}
+
+/// Makes the data file at least `len` bytes long. It may be longer already: a crash fell between its growing and the
+/// disk's.
+pub(super) fn extend(data: &LatchedStorage, len: u64) -> Result<()> {
+    if data.size()? < len { data.set_len(len) } else { Ok(()) }
 }

@@ -25,14 +25,17 @@ const LOAD_BYTES: usize = 256 * PAGE_BYTES;
 pub struct DurableMap<S> {
     storage: S,
     superblock: Superblock,
+    /// The copy (0 or 1) that holds `superblock`; the other may hold an older one, or nothing whole.
+    superblock_copy: u64,
     /// Bytes of the journal that hold records since the last checkpoint.
     journal_used: u64,
     /// The number that the next record gets.
     next_sequence: u64,
     /// Where the current copy of each page is.
     pages: BTreeMap<u64, CurrentPage>,
-    /// Pages with changes that are in the journal and not in the pages.
-    journaled: BTreeSet<u64>,
+    /// Pages that the next checkpoint has to write: those with changes in the journal, and those of which an interrupted
+    /// checkpoint left a copy that would otherwise seem to belong to the next one.
+    stale: BTreeSet<u64>,
 }
 
 /// The current copy of a page.
@@ -57,13 +60,18 @@ pub fn format(storage: &dyn Storage, superblock: &Superblock) -> Result<()> {
 /// # Errors
 /// [`ErrorKind::Corrupt`] if no copy is; [`ErrorKind::Unsupported`] if one is, of a version that is not known.
 pub fn read_superblock(storage: &dyn Storage) -> Result<Superblock> {
-    let mut found: Result<Superblock> = Err(Error::new(ErrorKind::Corrupt, "superblock: missing"));
+    read_newer_copy(storage).map(|(superblock, _)| superblock)
+}
+
+/// The newer of the copies that are whole, and which of the two it is.
+fn read_newer_copy(storage: &dyn Storage) -> Result<(Superblock, u64)> {
+    let mut found: Result<(Superblock, u64)> = Err(Error::new(ErrorKind::Corrupt, "superblock: missing"));
     for copy in 0..2 {
         let mut bytes = [0; SUPERBLOCK_BYTES];
         storage.read_at(copy * SUPERBLOCK_BYTES as u64, &mut bytes)?;
         found = match (found, Superblock::decode(&bytes)) {
-            (Ok(one), Ok(two)) if two.generation <= one.generation => Ok(one),
-            (_, Ok(two)) => Ok(two),
+            (Ok((one, at)), Ok(two)) if two.generation <= one.generation => Ok((one, at)),
+            (_, Ok(two)) => Ok((two, copy)),
             // A copy of an unknown version outranks what an older cowdisk may have left in the other one.
             (_, Err(error)) if error.kind() == ErrorKind::Unsupported => return Err(error),
             (Ok(one), Err(_)) => Ok(one),
@@ -79,15 +87,16 @@ impl<S: Storage> DurableMap<S> {
     /// # Errors
     /// [`ErrorKind::Corrupt`] if a page or a record that had been committed is damaged or gone.
     pub fn load(storage: S) -> Result<(Self, SparseStates)> {
-        let superblock = read_superblock(&storage)?;
+        let (superblock, superblock_copy) = read_newer_copy(&storage)?;
         let next_sequence = superblock.journal_sequence;
         let mut map = Self {
             storage,
             superblock,
+            superblock_copy,
             journal_used: 0,
             next_sequence,
             pages: BTreeMap::new(),
-            journaled: BTreeSet::new(),
+            stale: BTreeSet::new(),
         };
         let mut states = map.load_pages()?;
         map.replay_journal(&mut states)?;
@@ -123,7 +132,7 @@ impl<S: Storage> DurableMap<S> {
         Ok(states)
     }
 
-    fn current_copy(&self, page: u64, slots: &[u8]) -> Result<Option<(CurrentPage, Box<PageWords>)>> {
+    fn current_copy(&mut self, page: u64, slots: &[u8]) -> Result<Option<(CurrentPage, Box<PageWords>)>> {
         let mut best: Option<(u64, CurrentPage, Box<PageWords>)> = None;
         for (slot, bytes) in (0..).zip(slots.chunks_exact(PAGE_BYTES)) {
             if bytes.iter().all(|&byte| byte == 0) {
@@ -135,8 +144,11 @@ impl<S: Storage> DurableMap<S> {
                 let message = format!("map page {page}: newer than the superblock");
                 return Err(Error::new(ErrorKind::Corrupt, message));
             }
-            let covered = found.generation <= self.superblock.checkpoint;
-            if covered && best.as_ref().is_none_or(|(generation, ..)| found.generation > *generation) {
+            if found.generation > self.superblock.checkpoint {
+                self.stale.insert(page);
+                continue;
+            }
+            if best.as_ref().is_none_or(|(generation, ..)| found.generation > *generation) {
                 let current = CurrentPage { slot, checksum: checksum.as_u128() };
                 best = Some((found.generation, current, found.words));
             }
@@ -158,7 +170,7 @@ impl<S: Storage> DurableMap<S> {
             for &change in &record.changes {
                 states.apply(change);
             }
-            self.note_journaled(&record.changes);
+            self.note_stale(&record.changes);
             self.next_sequence += 1;
             at += usize::try_from(record_bytes_for(record.changes.len())).expect("it was in memory");
         }
@@ -173,11 +185,11 @@ impl<S: Storage> DurableMap<S> {
         Ok(())
     }
 
-    fn note_journaled(&mut self, changes: &[Change]) {
+    fn note_stale(&mut self, changes: &[Change]) {
         for change in changes {
             let (first, last) =
                 (change.span.start / BLOCKS_PER_PAGE, (change.span.end - 1) / BLOCKS_PER_PAGE);
-            self.journaled.extend(first..=last);
+            self.stale.extend(first..=last);
         }
     }
 
@@ -229,11 +241,15 @@ impl<S: Storage> DurableMap<S> {
         self.write_superblock(Superblock { geometry, ..self.superblock.clone() })
     }
 
+    /// Writes both copies, first the one that does not hold the superblock now: it may be stale or torn, and until it is
+    /// whole again the other must not be touched (I5).
     fn write_superblock(&mut self, next: Superblock) -> Result<()> {
         let next = Superblock { generation: self.superblock.generation + 1, ..next };
         let bytes = next.encode();
-        self.storage.write_durable_at(0, &bytes).context(|| "superblock")?;
-        self.storage.write_durable_at(SUPERBLOCK_BYTES as u64, &bytes).context(|| "superblock")?;
+        for copy in [1 - self.superblock_copy, self.superblock_copy] {
+            let offset = copy * SUPERBLOCK_BYTES as u64;
+            self.storage.write_durable_at(offset, &bytes).context(|| "superblock")?;
+        }
         self.superblock = next;
         Ok(())
     }
@@ -258,7 +274,7 @@ impl<S: Storage> DurableMap<S> {
         let record = JournalRecord { sequence: self.next_sequence, changes };
         let bytes = record.encode(self.superblock.layer);
         self.storage.write_durable_at(JOURNAL_OFFSET + self.journal_used, &bytes).context(|| "journal")?;
-        self.note_journaled(&record.changes);
+        self.note_stale(&record.changes);
         self.journal_used += bytes.len() as u64;
         self.next_sequence += 1;
         Ok(())
@@ -278,7 +294,9 @@ impl<S: Storage> DurableMap<S> {
         let generation = self.superblock.checkpoint + 1;
         let mut digest = self.superblock.pages_digest;
         let mut written = Vec::new();
-        for &page in self.journaled.union(more) {
+        // Kept if this attempt fails: the next one has to overwrite what it left.
+        self.stale.extend(more);
+        for &page in &self.stale {
             let current = self.pages.get(&page);
             let slot = current.map_or(0, |current| 1 - current.slot);
             let image = MapPage { generation, index: page, words: snapshot(page) };
@@ -298,7 +316,7 @@ impl<S: Storage> DurableMap<S> {
             ..self.superblock.clone()
         })?;
         self.pages.extend(written);
-        self.journaled.clear();
+        self.stale.clear();
         self.journal_used = 0;
         Ok(())
     }

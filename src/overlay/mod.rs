@@ -82,7 +82,12 @@ impl Overlay {
             );
             return Err(Error::new(ErrorKind::Invalid, message));
         }
-        files.data.set_len(geometry.data_bytes())?;
+        files.data.set_len(geometry.data_bytes()).map_err(|error| match error.kind() {
+            ErrorKind::OutOfRange => {
+                error.with_hint("ext4 holds files of up to 16 TiB less 4 KiB, XFS larger ones")
+            }
+            _ => error,
+        })?;
         files.data.sync()?;
         durable_map::format(files.map.as_ref(), &Superblock::new(layer, geometry, base))
     }

@@ -13,6 +13,7 @@ use super::alloc_map::AllocMap;
 use super::base::BaseImage;
 use super::block_locks::BlockLocks;
 use super::blocks::Blocks;
+use super::commit::extend;
 use super::durable_map::DurableMap;
 use super::live_map::{Binding, LiveMap, current_boot};
 use super::states::SparseStates;
@@ -36,7 +37,11 @@ impl Overlay {
 fn open(name: &str, files: LayerFiles, base: BaseImage, live_map: &Path) -> Result<Overlay> {
     let latch = Latch::new();
     let data = LatchedStorage::new(files.data, latch.clone());
-    let (durable, states) = DurableMap::load(LatchedStorage::new(files.map, latch.clone()))?;
+    let map = LatchedStorage::new(files.map, latch.clone());
+    // What a killed daemon wrote may be in the host's page cache only. Whatever is built upon what is read from now on
+    // (an empty difference to the live map, a copy of the superblock that is not written first) needs it on the disk.
+    map.sync()?;
+    let (durable, states) = DurableMap::load(map)?;
     let superblock = durable.superblock().clone();
     let geometry = superblock.geometry;
     check_base(&superblock, &base)?;
@@ -64,9 +69,7 @@ fn open(name: &str, files: LayerFiles, base: BaseImage, live_map: &Path) -> Resu
             AllocMap::new(live, binding, durable, Vec::new())
         }
     };
-    if data.size()? < geometry.data_bytes() {
-        data.set_len(geometry.data_bytes())?;
-    }
+    extend(&data, geometry.data_bytes())?;
     Ok(Overlay {
         name: name.to_owned(),
         grid: geometry,

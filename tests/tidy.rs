@@ -1,0 +1,137 @@
+//! The rules of ARCHITECTURE.md, read off the sources: which folder may use which, where a crate has its home, where
+//! unsafe code may stand, and how long a file may be.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+/// Folders in order: each uses only those before it.
+const LAYERS: [&str; 12] = [
+    "error",
+    "units",
+    "format",
+    "storage",
+    "overlay",
+    "store",
+    "fs",
+    "transport",
+    "daemon",
+    "libvirt",
+    "inspect",
+    "cli",
+];
+
+/// Crates and the folders, or files, that may name them.
+const HOMES: [(&str, &[&str]); 9] = [
+    ("fuser", &["transport"]),
+    ("clap", &["cli"]),
+    ("indicatif", &["cli"]),
+    ("memmap2", &["overlay/live_map.rs"]),
+    ("blake3", &["format", "store"]),
+    ("rayon", &["store"]),
+    ("serde", &["store", "daemon", "libvirt", "inspect", "cli"]),
+    ("serde_json", &["store", "daemon", "libvirt", "inspect", "cli"]),
+    ("signal_hook", &["daemon", "cli"]),
+];
+
+const UNSAFE_HOMES: [&str; 3] = ["overlay/live_map.rs", "transport/", "daemon/signals.rs"];
+
+/// Longer files usually hide a second reason to change.
+const LINES_MAX: usize = 500;
+
+fn sources() -> Vec<(String, String)> {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("src");
+    let mut folders = vec![root.clone()];
+    let mut found = Vec::new();
+    while let Some(folder) = folders.pop() {
+        for entry in fs::read_dir(folder).expect("read a source folder") {
+            let path: PathBuf = entry.expect("a folder entry").path();
+            if path.is_dir() {
+                folders.push(path);
+            } else if path.extension().is_some_and(|extension| extension == "rs") {
+                let name = path.strip_prefix(&root).expect("below src").display().to_string();
+                found.push((name, fs::read_to_string(path).expect("read a source")));
+            }
+        }
+    }
+    assert!(found.len() > 20, "the sources are where they are expected");
+    found
+}
+
+fn layer_of(name: &str) -> Option<usize> {
+    let top = name.split('/').next().expect("never empty").trim_end_matches(".rs");
+    LAYERS.iter().position(|layer| *layer == top)
+}
+
+/// Names after `crate::` in code, each with its line number. Comments may speak of anything.
+fn crate_names(source: &str) -> Vec<(usize, String)> {
+    let mut names = Vec::new();
+    for (number, line) in (1..).zip(source.lines()) {
+        let code = line.split("//").next().expect("never empty");
+        for piece in code.split("crate::").skip(1) {
+            let name: String = piece.chars().take_while(|c| c.is_alphanumeric() || *c == '_').collect();
+            names.push((number, name));
+        }
+    }
+    names
+}
+
+fn complain(complaints: &[String]) {
+    assert!(complaints.is_empty(), "\n{}", complaints.join("\n"));
+}
+
+#[test]
+fn a_folder_uses_only_folders_before_it() {
+    let mut complaints = Vec::new();
+    for (name, source) in sources() {
+        let Some(layer) = layer_of(&name) else { continue };
+        for (line, used) in crate_names(&source) {
+            if LAYERS.iter().position(|layer| *layer == used).is_some_and(|used| used > layer) {
+                complaints.push(format!("src/{name}:{line}: uses {used}, which comes later"));
+            }
+        }
+    }
+    complain(&complaints);
+}
+
+#[test]
+fn a_crate_is_named_only_in_its_home() {
+    let mut complaints = Vec::new();
+    for (name, source) in sources() {
+        for (number, line) in (1..).zip(source.lines()) {
+            let code = line.split("//").next().expect("never empty");
+            for (krate, homes) in HOMES {
+                let named = code.match_indices(&format!("{krate}::")).any(|(at, _)| {
+                    !code[..at].ends_with(|c: char| c.is_alphanumeric() || c == '_' || c == ':')
+                });
+                if named && !homes.iter().any(|home| name.starts_with(home)) {
+                    complaints.push(format!("src/{name}:{number}: {krate} has its home in {homes:?}"));
+                }
+            }
+        }
+    }
+    complain(&complaints);
+}
+
+#[test]
+fn unsafe_code_stands_only_where_it_may() {
+    let mut complaints = Vec::new();
+    for (name, source) in sources() {
+        let allowed = UNSAFE_HOMES.iter().any(|home| name.starts_with(home));
+        if source.contains("allow(unsafe_code)") && !allowed {
+            complaints.push(format!("src/{name}: unsafe code"));
+        }
+    }
+    complain(&complaints);
+}
+
+#[test]
+fn files_are_short() {
+    let mut complaints = Vec::new();
+    for (name, source) in sources() {
+        let lines = source.lines().count();
+        if lines > LINES_MAX && !name.ends_with("tests.rs") {
+            complaints.push(format!("src/{name}: {lines} lines"));
+        }
+    }
+    complain(&complaints);
+}

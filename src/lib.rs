@@ -7,8 +7,10 @@
 pub mod daemon;
 pub mod error;
 pub mod format;
+
 pub mod overlay;
 pub mod storage;
+pub mod store;
 pub mod transport;
 pub mod units;
 

@@ -1,0 +1,384 @@
+//! How anything appears in, changes in or leaves the store: the only file that renames or writes whole files.
+//!
+//! - *Appear*: a draft (a file or a folder) is made in `tmp/`, its contents are synced, it is renamed to its place, and
+//!   the place's folder is synced. *Replace* is the same over an existing file.
+//! - *Leave*: the object is renamed into `tmp/`, both folders are synced, then it is deleted.
+//!
+//! So a crash at any point leaves the old or the new state, and besides it at most leftovers in `tmp/`.
+//!
+//! **Live and dead leftovers.** Whoever has something in `tmp/` holds its flock (of the file, or of the folder itself)
+//! until it is renamed or deleted. The kernel drops the flock with the process, so an entry of `tmp/` whose flock is
+//! free is dead and is swept. An entry is born without a flock for a moment; [`Draft`] therefore looks, once it has the
+//! flock, whether the entry is still there, and makes another one if a sweeper was faster.
+//!
+//! **Several steps.** A change of more than one object keeps something of its own in `tmp/` from before its first step
+//! is durable until after its last one. What it leaves behind when it dies is the sign that references must be counted;
+//! [`sweep`] has that done before it removes the sign.
+
+use std::fs::File;
+use std::io::Write;
+
+use rustix::fs::{FlockOperation, Mode, OFlags, RenameFlags};
+use rustix::io::Errno;
+
+use super::dir::{Access, Dir, MODE_PRIVATE};
+use crate::error::{Context, Error, ErrorKind, Result};
+
+/// How often a draft is made again because a sweeper took it. One is already rare.
+const DRAFT_ATTEMPTS: usize = 100;
+
+/// Something being made in `tmp/`. Deleted when dropped before it is committed.
+pub(super) struct Draft<'a> {
+    tmp: &'a Dir,
+    name: String,
+    armed: bool,
+}
+
+impl<'a> Draft<'a> {
+    /// Makes an entry of `tmp` by `make`, which opens what it has made, and takes its flock.
+    fn new<T: std::os::fd::AsFd>(
+        tmp: &'a Dir,
+        kind: &str,
+        make: impl Fn(&Dir, &str) -> Result<T>,
+    ) -> Result<(Self, T)> {
+        for _ in 0..DRAFT_ATTEMPTS {
+            let name = temporary_name(kind)?;
+            let opened = match make(tmp, &name) {
+                Err(error) if error.kind() == ErrorKind::NotFound => continue,
+                other => other?,
+            };
+            let draft = Self { tmp, name, armed: true };
+            lock_exclusive(&opened).context(|| format!("lock {}", tmp.path_of(&draft.name).display()))?;
+            let stat = rustix::fs::fstat(&opened).context(|| "look up a temporary object")?;
+            if stat.st_nlink > 0 {
+                return Ok((draft, opened));
+            }
+        }
+        Err(Error::new(
+            ErrorKind::Busy,
+            format!("{}: temporary objects keep vanishing", tmp.path().display()),
+        ))
+    }
+
+    /// Renames the draft to its place and makes that durable. The contents must be synced.
+    fn publish(mut self, parent: &Dir, name: &str, flags: RenameFlags) -> Result<()> {
+        rename(self.tmp, &self.name, parent, name, flags)?;
+        self.armed = false;
+        parent.sync()
+    }
+}
+
+impl Drop for Draft<'_> {
+    fn drop(&mut self) {
+        if self.armed
+            && let Err(error) = self.tmp.remove_tree(&self.name)
+        {
+            log::warn!("{error}; it is removed when the store is next opened");
+        }
+    }
+}
+
+/// A folder being made.
+pub(super) struct DraftDir<'a> {
+    // Declared first, dropped first: the entry is deleted while the flock is still held.
+    draft: Draft<'a>,
+    dir: Dir,
+}
+
+impl<'a> DraftDir<'a> {
+    /// Makes an empty folder in `tmp`. `kind` begins its name, for people who look.
+    pub(super) fn new(tmp: &'a Dir, kind: &str) -> Result<Self> {
+        let (draft, dir) = Draft::new(tmp, kind, |tmp, name| {
+            tmp.make_dir(name)?;
+            tmp.open_dir(name)
+        })?;
+        Ok(Self { draft, dir })
+    }
+
+    /// The folder, to make files in.
+    pub(super) fn dir(&self) -> &Dir {
+        &self.dir
+    }
+
+    /// Renames the folder to `name` in `parent`, which must not exist. Each file in it must be synced; the folder
+    /// itself is synced here.
+    pub(super) fn commit(self, parent: &Dir, name: &str) -> Result<()> {
+        self.dir.sync()?;
+        self.draft.publish(parent, name, RenameFlags::NOREPLACE)
+    }
+}
+
+/// A file being made.
+pub(super) struct DraftFile<'a> {
+    draft: Draft<'a>,
+    file: File,
+}
+
+impl<'a> DraftFile<'a> {
+    /// Makes an empty file in `tmp`. `kind` begins its name, for people who look.
+    pub(super) fn new(tmp: &'a Dir, kind: &str) -> Result<Self> {
+        let (draft, file) = Draft::new(tmp, kind, |tmp, name| tmp.create_file(name, MODE_PRIVATE))?;
+        Ok(Self { draft, file })
+    }
+
+    /// The file, to write to.
+    pub(super) fn file(&self) -> &File {
+        &self.file
+    }
+
+    /// Writes the whole contents and syncs them.
+    pub(super) fn write_all(&mut self, bytes: &[u8]) -> Result<()> {
+        let shown = || format!("write {}", self.draft.tmp.path_of(&self.draft.name).display());
+        self.file.write_all(bytes).context(shown)?;
+        self.file.sync_all().context(shown)
+    }
+
+    /// Makes the draft's name in `tmp/` durable: from now on a crash leaves it there as a sign.
+    pub(super) fn make_sign(&self) -> Result<()> {
+        self.draft.tmp.sync()
+    }
+
+    /// Renames the file to `name` in `parent`, which must not exist. The file must be synced.
+    pub(super) fn commit(self, parent: &Dir, name: &str) -> Result<()> {
+        self.draft.publish(parent, name, RenameFlags::NOREPLACE)
+    }
+
+    /// Renames the file to `name` in `parent`, in place of what is there. The file must be synced.
+    pub(super) fn replace(self, parent: &Dir, name: &str) -> Result<()> {
+        self.draft.publish(parent, name, RenameFlags::empty())
+    }
+}
+
+/// Replaces or makes `parent/name` with exactly `bytes`.
+pub(super) fn replace_file(tmp: &Dir, parent: &Dir, name: &str, bytes: &[u8]) -> Result<()> {
+    let mut draft = DraftFile::new(tmp, "file")?;
+    draft.write_all(bytes)?;
+    draft.replace(parent, name)
+}
+
+/// Overwrites the contents of a lock file, which must keep its inode. A reader may see it half-written.
+pub(super) fn write_lock_contents(file: &File, bytes: &[u8]) -> Result<()> {
+    use std::os::unix::fs::FileExt;
+    file.set_len(0).context(|| "write a lock file")?;
+    file.write_all_at(bytes, 0).context(|| "write a lock file")
+}
+
+/// An object on its way out: it has left its place for good and is deleted by [`Removal::finish`], or, if that does
+/// not happen, by the next sweep.
+pub(super) struct Removal<'a> {
+    draft: Draft<'a>,
+    _flock: Option<File>,
+}
+
+impl<'a> Removal<'a> {
+    /// Takes `parent/name` away. The caller holds the store's lock and has checked that nobody uses the object.
+    pub(super) fn begin(tmp: &'a Dir, parent: &Dir, name: &str) -> Result<Self> {
+        let hidden = temporary_name("removed")?;
+        rename(parent, name, tmp, &hidden, RenameFlags::NOREPLACE)?;
+        let draft = Draft { tmp, name: hidden, armed: true };
+        // Only a regular file or a folder can be held; the store has nothing else.
+        let flock = match claim(tmp, &draft.name)? {
+            Claim::Dead(file) => file,
+            Claim::Live | Claim::Gone => None,
+        };
+        tmp.sync()?;
+        parent.sync()?;
+        Ok(Self { draft, _flock: flock })
+    }
+
+    /// Deletes the object.
+    pub(super) fn finish(mut self) -> Result<()> {
+        self.draft.armed = false;
+        self.draft.tmp.remove_tree(&self.draft.name)
+    }
+}
+
+/// Removes what dead processes left in `tmp`. Before that, and only if there is anything, `recount` is called to remove
+/// what no record refers to; it answers whether it could. The caller holds the store's lock.
+pub(super) fn sweep(tmp: &Dir, recount: impl FnOnce() -> Result<bool>) -> Result<()> {
+    let mut dead = Vec::new();
+    for name in tmp.names()? {
+        if let Claim::Dead(flock) = claim(tmp, &name)? {
+            dead.push((name, flock));
+        }
+    }
+    if dead.is_empty() || !recount()? {
+        return Ok(());
+    }
+    for (name, _flock) in &dead {
+        log::info!("removing {}, left by a process that has died", tmp.path_of(name).display());
+        tmp.remove_tree(name)?;
+    }
+    tmp.sync()
+}
+
+/// Whether somebody is at work on an entry of `tmp/`.
+enum Claim {
+    /// Nobody was; now the caller is, for as long as the file is open (`None`: a thing that cannot be locked).
+    Dead(Option<File>),
+    /// Its maker lives.
+    Live,
+    /// It has just been renamed or deleted.
+    Gone,
+}
+
+fn claim(tmp: &Dir, name: &str) -> Result<Claim> {
+    let flags = OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::CLOEXEC | OFlags::NONBLOCK | OFlags::NOCTTY;
+    let shown = || format!("look at {}", tmp.path_of(name).display());
+    let fd = match rustix::fs::openat(tmp, name, flags, Mode::empty()) {
+        Ok(fd) => fd,
+        Err(Errno::NOENT) => return Ok(Claim::Gone),
+        Err(Errno::LOOP | Errno::NXIO | Errno::NODEV) => return Ok(Claim::Dead(None)),
+        Err(errno) => return Err(Error::io(shown(), errno.into())),
+    };
+    match rustix::fs::flock(&fd, FlockOperation::NonBlockingLockExclusive) {
+        Ok(()) if rustix::fs::fstat(&fd).context(shown)?.st_nlink == 0 => Ok(Claim::Gone),
+        Ok(()) => Ok(Claim::Dead(Some(fd.into()))),
+        Err(Errno::WOULDBLOCK) => Ok(Claim::Live),
+        Err(errno) => Err(Error::io(shown(), errno.into())),
+    }
+}
+
+/// Waits for an exclusive flock.
+pub(super) fn lock_exclusive(file: &impl std::os::fd::AsFd) -> rustix::io::Result<()> {
+    rustix::io::retry_on_intr(|| rustix::fs::flock(file, FlockOperation::LockExclusive))
+}
+
+fn rename(from: &Dir, from_name: &str, to: &Dir, to_name: &str, flags: RenameFlags) -> Result<()> {
+    let shown = || format!("rename to {}", to.path_of(to_name).display());
+    match rustix::fs::renameat_with(from, from_name, to, to_name, flags) {
+        // A host filesystem without the flag. The store's lock is held, so nobody takes the name in between.
+        Err(Errno::INVAL | Errno::NOSYS) if !flags.is_empty() => {
+            if to.has(to_name)? {
+                return Err(Error::io(shown(), Errno::EXIST.into()));
+            }
+            rustix::fs::renameat(from, from_name, to, to_name).context(shown)
+        }
+        other => other.context(shown),
+    }
+}
+
+fn temporary_name(kind: &str) -> Result<String> {
+    Ok(format!("{kind}-{}", random_hex(8)?))
+}
+
+/// `bytes` random bytes as hex digits.
+pub(super) fn random_hex(bytes: usize) -> Result<String> {
+    let mut random = vec![0; bytes];
+    getrandom::fill(&mut random)
+        .map_err(|error| Error::caused(ErrorKind::Io, "get random bytes from the kernel", error))?;
+    Ok(super::hex::encode(&random))
+}
+
+/// Reads a whole file of at most `bytes_max` bytes.
+///
+/// # Errors
+/// [`ErrorKind::Corrupt`], naming the file, if it is larger.
+pub(super) fn read_file(parent: &Dir, name: &str, bytes_max: usize) -> Result<Vec<u8>> {
+    use std::io::Read;
+    let shown = || format!("read {}", parent.path_of(name).display());
+    let file = parent.open_file(name, Access::Read)?;
+    let mut bytes = Vec::new();
+    let limit = u64::try_from(bytes_max).unwrap_or(u64::MAX).saturating_add(1);
+    file.take(limit).read_to_end(&mut bytes).context(shown)?;
+    if bytes.len() > bytes_max {
+        return Err(Error::new(ErrorKind::Corrupt, shown())
+            .context(format!("{}: larger than {bytes_max} bytes", parent.path_of(name).display())));
+    }
+    Ok(bytes)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::cell::Cell;
+
+    struct Scratch {
+        _folder: tempfile::TempDir,
+        root: Dir,
+        tmp: Dir,
+    }
+
+    fn scratch() -> Scratch {
+        let folder = tempfile::tempdir().unwrap();
+        let root = Dir::open_path(folder.path()).unwrap();
+        root.make_dir("tmp").unwrap();
+        let tmp = root.open_dir("tmp").unwrap();
+        Scratch { _folder: folder, root, tmp }
+    }
+
+    #[test]
+    fn a_file_appears_whole_and_is_replaced_whole() {
+        let s = scratch();
+        let mut draft = DraftFile::new(&s.tmp, "x").unwrap();
+        draft.write_all(b"one").unwrap();
+        assert!(!s.root.has("x").unwrap());
+        draft.commit(&s.root, "x").unwrap();
+        assert_eq!(read_file(&s.root, "x", 10).unwrap(), b"one");
+        let draft = DraftFile::new(&s.tmp, "x").unwrap();
+        assert_eq!(draft.commit(&s.root, "x").unwrap_err().kind(), ErrorKind::Exists);
+        replace_file(&s.tmp, &s.root, "x", b"two").unwrap();
+        assert_eq!(read_file(&s.root, "x", 10).unwrap(), b"two");
+        assert!(read_file(&s.root, "x", 2).is_err());
+        assert!(s.tmp.names().unwrap().is_empty());
+    }
+
+    #[test]
+    fn a_draft_that_is_dropped_leaves_nothing() {
+        let s = scratch();
+        let draft = DraftDir::new(&s.tmp, "x").unwrap();
+        draft.dir().create_file("inner", MODE_PRIVATE).unwrap();
+        assert_eq!(s.tmp.names().unwrap().len(), 1);
+        drop(draft);
+        assert!(s.tmp.names().unwrap().is_empty());
+    }
+
+    #[test]
+    fn a_sweep_removes_what_is_dead_and_keeps_what_is_alive() {
+        let s = scratch();
+        let alive_dir = DraftDir::new(&s.tmp, "alive").unwrap();
+        let alive_file = DraftFile::new(&s.tmp, "alive").unwrap();
+        s.tmp.make_dir("dead-dir").unwrap();
+        s.tmp.open_dir("dead-dir").unwrap().create_file("inner", MODE_PRIVATE).unwrap();
+        s.tmp.create_file("dead-file", MODE_PRIVATE).unwrap();
+        rustix::fs::symlinkat("/etc/passwd", &s.tmp, "dead-link").unwrap();
+        sweep(&s.tmp, || Ok(true)).unwrap();
+        assert_eq!(s.tmp.names().unwrap().len(), 2);
+        alive_dir.commit(&s.root, "a").unwrap();
+        alive_file.commit(&s.root, "b").unwrap();
+        assert!(s.root.has("a").unwrap() && s.root.has("b").unwrap());
+    }
+
+    #[test]
+    fn references_are_counted_only_after_a_death_and_before_its_sign_goes() {
+        let s = scratch();
+        let counted = Cell::new(0);
+        let count = |done| {
+            counted.set(counted.get() + 1);
+            Ok(done)
+        };
+        let _alive = DraftFile::new(&s.tmp, "alive").unwrap();
+        sweep(&s.tmp, || count(true)).unwrap();
+        assert_eq!(counted.get(), 0);
+        s.tmp.create_file("dead", MODE_PRIVATE).unwrap();
+        sweep(&s.tmp, || count(false)).unwrap();
+        assert!(s.tmp.has("dead").unwrap(), "the sign stays as long as the count could not be made");
+        sweep(&s.tmp, || count(true)).unwrap();
+        assert!(!s.tmp.has("dead").unwrap());
+        assert_eq!(counted.get(), 2);
+    }
+
+    #[test]
+    fn a_removal_that_is_cut_short_is_finished_by_the_sweep() {
+        let s = scratch();
+        s.root.make_dir("object").unwrap();
+        s.root.open_dir("object").unwrap().create_file("inner", MODE_PRIVATE).unwrap();
+        let removal = Removal::begin(&s.tmp, &s.root, "object").unwrap();
+        assert!(!s.root.has("object").unwrap());
+        sweep(&s.tmp, || Ok(true)).unwrap();
+        assert_eq!(s.tmp.names().unwrap().len(), 1, "the remover lives");
+        let name = s.tmp.names().unwrap().remove(0);
+        removal.finish().unwrap();
+        assert!(!s.tmp.has(&name).unwrap());
+    }
+}

@@ -1,0 +1,187 @@
+//! Bases: the bytes of images and of flavors' blank disks, each stored once under the BLAKE3 of its content.
+//!
+//! A base is `bases/HASH/base.raw`, read-only and sparse, and a record of its size and modification time. A base whose
+//! file no longer agrees with its record is not opened: an overlay over changed bytes is a damaged disk.
+//!
+//! Whoever reads a base holds a shared flock of its file, so that it is not removed meanwhile.
+
+use std::fs::File;
+use std::os::unix::fs::MetadataExt;
+
+use rustix::fs::Mode;
+use serde::{Deserialize, Serialize};
+
+use super::atomic::{DraftDir, Removal};
+use super::dir::{Access, Dir, MODE_PRIVATE, MODE_READ_ONLY};
+use super::lock::{Share, StoreLock, try_lock};
+use super::progress::{Progress, Work};
+use super::record::{self, RECORD_BYTES_MAX};
+use super::timestamp::Timestamp;
+use super::{Store, atomic, copy, layout};
+use crate::error::{Context, Error, ErrorKind, Result};
+use crate::format::BaseId;
+use crate::units::check_disk_bytes;
+
+#[derive(Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct BaseRecord {
+    /// Bytes, a multiple of 512.
+    size: u64,
+    /// Modification time of `base.raw`, in nanoseconds since 1970.
+    mtime_ns: i128,
+    /// Inode number of `base.raw`; another one only says that the store was copied.
+    inode: u64,
+    created: Timestamp,
+}
+
+/// A base being made: its folder in `tmp/`, and its file.
+pub(super) struct BaseDraft<'a> {
+    folder: DraftDir<'a>,
+    file: File,
+}
+
+impl<'a> BaseDraft<'a> {
+    /// An empty base.
+    pub(super) fn new(tmp: &'a Dir) -> Result<Self> {
+        let folder = DraftDir::new(tmp, "base")?;
+        let file = folder.dir().create_file(layout::BASE_RAW, MODE_PRIVATE)?;
+        Ok(Self { folder, file })
+    }
+
+    /// The file for the bytes.
+    pub(super) fn file(&self) -> &File {
+        &self.file
+    }
+
+    /// The folder, for tools to work in. The file's name there is [`layout::BASE_RAW`].
+    pub(super) fn folder(&self) -> &Dir {
+        self.folder.dir()
+    }
+
+    /// Makes the bytes durable and read-only and writes the record. After this the draft can be published.
+    pub(super) fn seal(&self) -> Result<()> {
+        let shown = || format!("finish {}", self.folder().path_of(layout::BASE_RAW).display());
+        rustix::fs::fchmod(&self.file, Mode::from_raw_mode(MODE_READ_ONLY)).context(shown)?;
+        self.file.sync_all().context(shown)?;
+        let record = BaseRecord { created: Timestamp::now(), ..fingerprint(&self.file)? };
+        record::write_into_draft(self.folder(), layout::BASE_RECORD, &record)
+    }
+}
+
+/// Size and modification time of a base's file as it is now.
+fn fingerprint(file: &File) -> Result<BaseRecord> {
+    let metadata = file.metadata().context(|| "look up a base")?;
+    let mtime_ns = i128::from(metadata.mtime()) * 1_000_000_000 + i128::from(metadata.mtime_nsec());
+    Ok(BaseRecord { size: metadata.len(), mtime_ns, inode: metadata.ino(), created: Timestamp::now() })
+}
+
+impl Store {
+    /// Gives a sealed draft its place, unless a base of the same content is there already; then the draft vanishes.
+    pub(super) fn publish_base(&self, draft: BaseDraft<'_>, id: &BaseId, _lock: &StoreLock) -> Result<()> {
+        if self.bases.has(&id.to_string())? {
+            return Ok(());
+        }
+        draft.folder.commit(&self.bases, &id.to_string())
+    }
+
+    /// Opens a base for reading. As long as the file, or a duplicate of its descriptor, is open, the base cannot be
+    /// removed.
+    ///
+    /// # Errors
+    /// [`ErrorKind::NotFound`] if there is none; [`ErrorKind::Corrupt`] if its file was changed.
+    pub fn open_base(&self, id: &BaseId) -> Result<File> {
+        let (file, record) = self.open_base_unchecked(id)?;
+        let found = fingerprint(&file)?;
+        let message = if found.size != record.size {
+            format!("base {id}: {} bytes, but {} when it was stored", found.size, record.size)
+        } else if found.mtime_ns != record.mtime_ns {
+            format!("base {id}: modified since it was stored")
+        } else {
+            return Ok(file);
+        };
+        Err(Error::new(ErrorKind::Corrupt, message)
+            .with_hint("find out what changed it: cowdisk image verify, or cowdisk flavor show"))
+    }
+
+    fn open_base_unchecked(&self, id: &BaseId) -> Result<(File, BaseRecord)> {
+        let folder = self.bases.open_dir(&id.to_string()).map_err(|error| match error.kind() {
+            ErrorKind::NotFound => Error::new(ErrorKind::NotFound, format!("base {id}: not found")),
+            _ => error,
+        })?;
+        let file = folder.open_file(layout::BASE_RAW, Access::Read)?;
+        if !try_lock(&file, Share::Shared).context(|| format!("lock base {id}"))? {
+            return Err(Error::new(ErrorKind::Busy, format!("base {id}: being removed")));
+        }
+        let record: BaseRecord = record::read(&folder, layout::BASE_RECORD, RECORD_BYTES_MAX)?;
+        check_disk_bytes(record.size)
+            .context(|| folder.path_of(layout::BASE_RECORD).display().to_string())?;
+        Ok((file, record))
+    }
+
+    /// Bytes of a base, and bytes of the host's disk that it takes.
+    ///
+    /// # Errors
+    /// [`ErrorKind::NotFound`] if there is none.
+    pub fn base_usage(&self, id: &BaseId) -> Result<(u64, u64)> {
+        let (file, record) = self.open_base_unchecked(id)?;
+        let metadata = file.metadata().context(|| format!("look up base {id}"))?;
+        Ok((record.size, metadata.blocks() * 512))
+    }
+
+    /// Hashes a base again. If its content is what its name says, a changed modification time is forgiven and noted.
+    pub(super) fn verify_base(&self, id: &BaseId, progress: &dyn Progress) -> Result<()> {
+        let (file, record) = self.open_base_unchecked(id)?;
+        let found = fingerprint(&file)?;
+        if found.size != record.size {
+            let message = format!("base {id}: {} bytes, but {} when it was stored", found.size, record.size);
+            return Err(Error::new(ErrorKind::Corrupt, message));
+        }
+        let hash = {
+            let work = Work::begin(progress, "verify", Some(found.size));
+            copy::hash(&file, found.size, &work)?
+        };
+        if hash != id.0 {
+            let message = format!("base {id}: its bytes have changed, their hash is now {}", BaseId(hash));
+            return Err(Error::new(ErrorKind::Corrupt, message)
+                .with_hint("overlays over it are damaged: bring the base back from where it came from"));
+        }
+        if (found.mtime_ns, found.inode) != (record.mtime_ns, record.inode) {
+            log::info!("base {id}: unchanged, but with another modification time or inode number");
+            let folder = self.bases.open_dir(&id.to_string())?;
+            let bytes = record::encode(&BaseRecord { created: record.created, ..found })?;
+            atomic::replace_file(&self.tmp, &folder, layout::BASE_RECORD, &bytes)?;
+        }
+        Ok(())
+    }
+
+    /// Fails if somebody reads the base; else nobody can until the returned file is closed. `None`: there is none.
+    pub(super) fn hold_base(&self, id: &BaseId) -> Result<Option<File>> {
+        let file = match self.bases.open_dir(&id.to_string()) {
+            Ok(folder) => match folder.open_file(layout::BASE_RAW, Access::Read) {
+                Err(error) if error.kind() == ErrorKind::NotFound => return Ok(None),
+                other => other?,
+            },
+            Err(error) if error.kind() == ErrorKind::NotFound => return Ok(None),
+            Err(error) => return Err(error),
+        };
+        if !try_lock(&file, Share::Exclusive).context(|| format!("lock base {id}"))? {
+            return Err(Error::new(ErrorKind::Busy, format!("base {id}: open")));
+        }
+        Ok(Some(file))
+    }
+
+    /// Removes a base that nothing refers to and nobody reads.
+    pub(super) fn remove_base(&self, id: &BaseId, lock: &StoreLock) -> Result<()> {
+        match self.hold_base(id)? {
+            Some(held) => self.remove_held_base(id, held, lock),
+            None => Ok(()),
+        }
+    }
+
+    /// Removes a base that nothing refers to and that the caller holds.
+    pub(super) fn remove_held_base(&self, id: &BaseId, held: File, _lock: &StoreLock) -> Result<()> {
+        let removed = Removal::begin(&self.tmp, &self.bases, &id.to_string())?.finish();
+        drop(held);
+        removed
+    }
+}

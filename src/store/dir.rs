@@ -1,0 +1,236 @@
+//! A folder of the store by its descriptor.
+//!
+//! Every file and folder of the store is opened by one name relative to the descriptor of its folder, never through a
+//! symbolic link (`O_NOFOLLOW` at each step), so no link and no rename of a parent leads out of the store. Only the
+//! store's own path, which the user gives, may go through links. Whatever is opened as a file is a regular file: a
+//! fifo or a device is refused without waiting for it.
+
+use std::ffi::CStr;
+use std::fs::File;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::path::{Path, PathBuf};
+
+use rustix::fs::{AtFlags, FileType, Mode, OFlags, Stat};
+use rustix::io::Errno;
+
+use crate::error::{Context, Error, ErrorKind, Result};
+
+/// Access mode of a file that is read or written by its owner only.
+pub(super) const MODE_PRIVATE: u32 = 0o600;
+/// Access mode of a file that is never written again.
+pub(super) const MODE_READ_ONLY: u32 = 0o400;
+const MODE_FOLDER: u32 = 0o700;
+
+/// An open folder. `path` is only for messages.
+#[derive(Debug)]
+pub(super) struct Dir {
+    fd: OwnedFd,
+    path: PathBuf,
+}
+
+/// What a file is opened for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Access {
+    Read,
+    ReadWrite,
+}
+
+impl Dir {
+    /// Opens a folder by a path of the user's, which may go through links.
+    pub(super) fn open_path(path: &Path) -> Result<Self> {
+        let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
+        let fd = rustix::fs::open(path, flags, Mode::empty())
+            .context(|| format!("open folder {}", path.display()))?;
+        Ok(Self { fd, path: path.to_owned() })
+    }
+
+    /// The path of `name` in this folder, for messages.
+    pub(super) fn path_of(&self, name: &str) -> PathBuf {
+        self.path.join(name)
+    }
+
+    /// The path of this folder, for messages.
+    pub(super) fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Opens a folder in this one.
+    pub(super) fn open_dir(&self, name: &str) -> Result<Self> {
+        let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+        let fd = rustix::fs::openat(&self.fd, component(name), flags, Mode::empty())
+            .context(|| format!("open folder {}", self.path_of(name).display()))?;
+        Ok(Self { fd, path: self.path_of(name) })
+    }
+
+    /// Opens a regular file in this folder.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Corrupt`] if there is something else under that name, a symbolic link included.
+    pub(super) fn open_file(&self, name: &str, access: Access) -> Result<File> {
+        let access = match access {
+            Access::Read => OFlags::RDONLY,
+            Access::ReadWrite => OFlags::RDWR,
+        };
+        // O_NONBLOCK: opening a fifo must not wait for its other end.
+        let flags = access | OFlags::NOFOLLOW | OFlags::CLOEXEC | OFlags::NONBLOCK | OFlags::NOCTTY;
+        let shown = || format!("open {}", self.path_of(name).display());
+        let fd = match rustix::fs::openat(&self.fd, component(name), flags, Mode::empty()) {
+            Err(Errno::LOOP) => return Err(self.not_a_file(name)),
+            other => other.context(shown)?,
+        };
+        let stat = rustix::fs::fstat(&fd).context(shown)?;
+        if FileType::from_raw_mode(stat.st_mode) != FileType::RegularFile {
+            return Err(self.not_a_file(name));
+        }
+        rustix::fs::fcntl_setfl(&fd, access).context(shown)?;
+        Ok(fd.into())
+    }
+
+    fn not_a_file(&self, name: &str) -> Error {
+        Error::new(ErrorKind::Corrupt, format!("{}: not a regular file", self.path_of(name).display()))
+    }
+
+    /// Makes a new, empty file for reading and writing; fails if the name is taken.
+    pub(super) fn create_file(&self, name: &str, mode: u32) -> Result<File> {
+        let flags = OFlags::RDWR | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+        let fd = rustix::fs::openat(&self.fd, component(name), flags, Mode::from_raw_mode(mode))
+            .context(|| format!("create {}", self.path_of(name).display()))?;
+        Ok(fd.into())
+    }
+
+    /// Opens a file that holds a lock, making it if need be.
+    pub(super) fn open_lock_file(&self, name: &str) -> Result<File> {
+        let flags = OFlags::RDWR | OFlags::CREATE | OFlags::NOFOLLOW | OFlags::CLOEXEC | OFlags::NONBLOCK;
+        let fd = rustix::fs::openat(&self.fd, component(name), flags, Mode::from_raw_mode(MODE_PRIVATE))
+            .context(|| format!("open {}", self.path_of(name).display()))?;
+        Ok(fd.into())
+    }
+
+    /// Makes a folder; fails if the name is taken.
+    pub(super) fn make_dir(&self, name: &str) -> Result<()> {
+        rustix::fs::mkdirat(&self.fd, component(name), Mode::from_raw_mode(MODE_FOLDER))
+            .context(|| format!("create folder {}", self.path_of(name).display()))
+    }
+
+    /// What is under that name, without following a link; `None` if nothing is.
+    pub(super) fn stat(&self, name: &str) -> Result<Option<Stat>> {
+        match rustix::fs::statat(&self.fd, component(name), AtFlags::SYMLINK_NOFOLLOW) {
+            Ok(stat) => Ok(Some(stat)),
+            Err(Errno::NOENT) => Ok(None),
+            Err(errno) => Err(Error::io(format!("look up {}", self.path_of(name).display()), errno.into())),
+        }
+    }
+
+    /// Whether anything has that name.
+    pub(super) fn has(&self, name: &str) -> Result<bool> {
+        Ok(self.stat(name)?.is_some())
+    }
+
+    /// Removes a file. Nothing there is no error.
+    pub(super) fn unlink(&self, name: &str) -> Result<()> {
+        match rustix::fs::unlinkat(&self.fd, component(name), AtFlags::empty()) {
+            Ok(()) | Err(Errno::NOENT) => Ok(()),
+            Err(errno) => Err(Error::io(format!("remove {}", self.path_of(name).display()), errno.into())),
+        }
+    }
+
+    /// The names in this folder, sorted, without `.` and `..`; those that are not UTF-8 are left out: the store never
+    /// makes one.
+    pub(super) fn names(&self) -> Result<Vec<String>> {
+        let shown = || format!("read folder {}", self.path.display());
+        let mut names = Vec::new();
+        for entry in rustix::fs::Dir::read_from(&self.fd).context(shown)? {
+            let entry = entry.context(shown)?;
+            if let Some(name) = plain_name(entry.file_name()) {
+                names.push(name);
+            }
+        }
+        names.sort_unstable();
+        Ok(names)
+    }
+
+    /// Makes the names in this folder durable.
+    pub(super) fn sync(&self) -> Result<()> {
+        rustix::fs::fsync(&self.fd).context(|| format!("sync folder {}", self.path.display()))
+    }
+
+    /// Deletes what has that name, a folder with all that is in it. Nothing there is no error. Links are not followed.
+    pub(super) fn remove_tree(&self, name: &str) -> Result<()> {
+        match rustix::fs::unlinkat(&self.fd, component(name), AtFlags::empty()) {
+            Ok(()) | Err(Errno::NOENT) => return Ok(()),
+            Err(Errno::ISDIR | Errno::PERM) => {}
+            Err(errno) => {
+                return Err(Error::io(format!("remove {}", self.path_of(name).display()), errno.into()));
+            }
+        }
+        let folder = self.open_dir(name)?;
+        for inner in folder.names()? {
+            folder.remove_tree(&inner)?;
+        }
+        match rustix::fs::unlinkat(&self.fd, component(name), AtFlags::REMOVEDIR) {
+            Ok(()) | Err(Errno::NOENT) => Ok(()),
+            Err(errno) => Err(Error::io(format!("remove {}", self.path_of(name).display()), errno.into())),
+        }
+    }
+}
+
+impl AsFd for Dir {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.fd.as_fd()
+    }
+}
+
+/// Asserts that a name is one component of a path: names come from `layout.rs` or are checked by `names.rs`.
+fn component(name: &str) -> &str {
+    assert!(
+        !name.is_empty() && name != "." && name != ".." && !name.contains('/'),
+        "not a file name: {name:?}"
+    );
+    name
+}
+
+fn plain_name(name: &CStr) -> Option<String> {
+    let name = name.to_str().ok()?;
+    (name != "." && name != "..").then(|| name.to_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn links_fifos_and_folders_are_not_opened_as_files() {
+        let scratch = tempfile::tempdir().unwrap();
+        let dir = Dir::open_path(scratch.path()).unwrap();
+        dir.create_file("real", MODE_PRIVATE).unwrap();
+        std::os::unix::fs::symlink("real", scratch.path().join("link")).unwrap();
+        std::os::unix::fs::symlink(".", scratch.path().join("dirlink")).unwrap();
+        let fifo = Mode::from_raw_mode(0o600);
+        rustix::fs::mknodat(&dir, "fifo", FileType::Fifo, fifo, 0).unwrap();
+        dir.make_dir("folder").unwrap();
+        assert!(dir.open_file("real", Access::ReadWrite).is_ok());
+        for name in ["link", "fifo", "folder"] {
+            let error = dir.open_file(name, Access::Read).unwrap_err();
+            assert_eq!(error.kind(), ErrorKind::Corrupt, "{error}");
+            assert!(error.to_string().contains(name));
+        }
+        assert!(dir.open_dir("dirlink").is_err());
+        assert_eq!(dir.open_file("absent", Access::Read).unwrap_err().kind(), ErrorKind::NotFound);
+    }
+
+    #[test]
+    fn removing_a_tree_does_not_follow_links() {
+        let outside = tempfile::tempdir().unwrap();
+        let kept = outside.path().join("kept");
+        File::create(&kept).unwrap();
+        let scratch = tempfile::tempdir().unwrap();
+        let dir = Dir::open_path(scratch.path()).unwrap();
+        dir.make_dir("tree").unwrap();
+        dir.open_dir("tree").unwrap().make_dir("inner").unwrap();
+        std::os::unix::fs::symlink(outside.path(), scratch.path().join("tree/inner/link")).unwrap();
+        dir.remove_tree("tree").unwrap();
+        dir.remove_tree("tree").unwrap();
+        assert!(kept.exists());
+        assert!(dir.names().unwrap().is_empty());
+    }
+}

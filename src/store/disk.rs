@@ -1,0 +1,417 @@
+//! Opening the disks of instances, and looking at those that are open elsewhere.
+
+use std::fs::File;
+use std::os::unix::fs::MetadataExt;
+use std::path::Path;
+use std::time::SystemTime;
+
+use super::Store;
+use super::dir::{Access, Dir};
+use super::layout::{DiskPart, disk_file};
+use super::lock::{Share, try_lock};
+use super::names::{DiskName, ObjectName};
+use super::plain::PlainDisk;
+use crate::error::{Context, Error, ErrorKind, Result};
+use crate::format::{BaseRef, BlockState};
+use crate::overlay::{BaseImage, LayerFiles, MapReader, Overlay, live_map_name, read_superblock};
+use crate::storage::{FileStorage, Storage};
+
+/// A disk, open for service: the only one of its kind as long as it is.
+#[derive(Debug)]
+pub enum Disk {
+    /// Copy-on-write.
+    Overlay(Box<Overlay>),
+    /// A file of its own.
+    Plain(PlainDisk),
+}
+
+macro_rules! both {
+    ($disk:expr, $inner:ident => $call:expr) => {
+        match $disk {
+            Disk::Overlay($inner) => $call,
+            Disk::Plain($inner) => $call,
+        }
+    };
+}
+
+/// What can be told of a disk without opening it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct DiskStatus {
+    /// Bytes of the disk.
+    pub size: u64,
+    /// Bytes of the host's disk that its data take; an overlay's map is not counted.
+    pub data_allocated: u64,
+    /// Bytes of the host's disk that its map takes; 0 without one.
+    pub map_allocated: u64,
+    /// When its data last changed.
+    pub modified: SystemTime,
+    /// When its data were last read, as far as the host keeps track.
+    pub accessed: SystemTime,
+    /// Whether it is an overlay.
+    pub cow: bool,
+}
+
+/// Where the bytes of a part of a disk come from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum DiskExtentKind {
+    /// The disk's own file.
+    Data,
+    /// Zeroes of the disk's own: discarded, or never written in a file without a base.
+    Zero,
+    /// Data of the base.
+    Base,
+    /// Zeroes of the base: a hole in it, or past its end.
+    BaseZero,
+}
+
+/// A part of a disk.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct DiskExtent {
+    /// First byte.
+    pub offset: u64,
+    /// Bytes, at least 1.
+    pub len: u64,
+    /// Where they come from.
+    pub kind: DiskExtentKind,
+}
+
+/// All of a disk, in parts that are as long as they can be, in order and without gaps.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct DiskMap {
+    /// Bytes of the disk.
+    pub size: u64,
+    /// What an overlay is over; `None` for a disk that is no overlay.
+    pub base: Option<BaseRef>,
+    /// Bytes of a block; `None` for a disk that is no overlay.
+    pub block_bytes: Option<u32>,
+    /// The parts.
+    pub extents: Vec<DiskExtent>,
+}
+
+impl Disk {
+    /// See [`Overlay::size`].
+    pub fn size(&self) -> u64 {
+        both!(self, disk => disk.size())
+    }
+
+    /// See [`Overlay::allocated`].
+    ///
+    /// # Errors
+    /// Those of the host.
+    pub fn allocated(&self) -> Result<u64> {
+        both!(self, disk => disk.allocated())
+    }
+
+    /// See [`Overlay::read_at`].
+    ///
+    /// # Errors
+    /// The same.
+    pub fn read_at(&self, offset: u64, buf: &mut [u8]) -> Result<()> {
+        both!(self, disk => disk.read_at(offset, buf))
+    }
+
+    /// See [`Overlay::write_at`].
+    ///
+    /// # Errors
+    /// The same.
+    pub fn write_at(&self, offset: u64, buf: &[u8]) -> Result<()> {
+        both!(self, disk => disk.write_at(offset, buf))
+    }
+
+    /// See [`Overlay::zero`].
+    ///
+    /// # Errors
+    /// The same.
+    pub fn zero(&self, offset: u64, len: u64) -> Result<()> {
+        both!(self, disk => disk.zero(offset, len))
+    }
+
+    /// See [`Overlay::preallocate`].
+    ///
+    /// # Errors
+    /// The same.
+    pub fn preallocate(&self, offset: u64, len: u64) -> Result<()> {
+        both!(self, disk => disk.preallocate(offset, len))
+    }
+
+    /// See [`Overlay::flush`].
+    ///
+    /// # Errors
+    /// The same.
+    pub fn flush(&self) -> Result<()> {
+        both!(self, disk => disk.flush())
+    }
+
+    /// See [`Overlay::grow`].
+    ///
+    /// # Errors
+    /// The same.
+    pub fn grow(&self, size: u64) -> Result<()> {
+        both!(self, disk => disk.grow(size))
+    }
+
+    /// See [`Overlay::next_data`].
+    ///
+    /// # Errors
+    /// The same.
+    pub fn next_data(&self, offset: u64) -> Result<Option<u64>> {
+        both!(self, disk => disk.next_data(offset))
+    }
+
+    /// See [`Overlay::next_hole`].
+    ///
+    /// # Errors
+    /// The same.
+    pub fn next_hole(&self, offset: u64) -> Result<u64> {
+        both!(self, disk => disk.next_hole(offset))
+    }
+
+    /// See [`Overlay::checkpoint_due`]; never for a disk that is no overlay.
+    pub fn checkpoint_due(&self) -> bool {
+        match self {
+            Self::Overlay(overlay) => overlay.checkpoint_due(),
+            Self::Plain(_) => false,
+        }
+    }
+
+    /// See [`Overlay::checkpoint`]; a flush for a disk that is no overlay.
+    ///
+    /// # Errors
+    /// Those of [`Overlay::flush`].
+    pub fn checkpoint(&self) -> Result<()> {
+        match self {
+            Self::Overlay(overlay) => overlay.checkpoint(),
+            Self::Plain(plain) => plain.flush(),
+        }
+    }
+
+    /// See [`Overlay::close`].
+    ///
+    /// # Errors
+    /// Those of [`Overlay::flush`].
+    pub fn close(self) -> Result<()> {
+        match self {
+            Self::Overlay(overlay) => overlay.close(),
+            Self::Plain(plain) => plain.flush(),
+        }
+    }
+}
+
+impl Store {
+    /// Opens a disk for service. Nobody else can as long as it is open.
+    ///
+    /// # Errors
+    /// [`ErrorKind::NotFound`] if there is no such disk; [`ErrorKind::Busy`] if it is open already;
+    /// [`ErrorKind::Corrupt`] if its map is damaged or its base is not what it was made over.
+    pub fn open_disk(&self, instance: &ObjectName, disk: DiskName) -> Result<Disk> {
+        let folder = self.instance_dir(instance)?;
+        let name = format!("{instance}/{disk}");
+        if folder.has(disk_file(disk, DiskPart::Raw))? {
+            let file = self.lock_disk(&folder, instance, disk, DiskPart::Raw)?;
+            return Ok(Disk::Plain(PlainDisk::open(&name, file)?));
+        }
+        let map = self.lock_disk(&folder, instance, disk, DiskPart::Map)?;
+        let map = FileStorage::new(map, format!("map of {name}"));
+        let superblock = read_superblock(&map).context(|| format!("open disk {name}"))?;
+        let data = folder.open_file(disk_file(disk, DiskPart::Data), Access::ReadWrite)?;
+        let base = match superblock.base {
+            BaseRef::Blank => BaseImage::blank(),
+            BaseRef::Image { id, .. } => {
+                let file = self.open_base(&id).context(|| format!("open disk {name}"))?;
+                BaseImage::image(id, Box::new(FileStorage::new(file, format!("base {id}"))))?
+            }
+        };
+        let live_map = self.run_dir()?.join(live_map_name(superblock.layer));
+        let data = Box::new(FileStorage::new(data, format!("data of {name}")));
+        let files = LayerFiles { data, map: Box::new(map) };
+        Ok(Disk::Overlay(Box::new(Overlay::open(&name, files, base, &live_map)?)))
+    }
+
+    /// Opens the file that carries a disk's lock, and takes it.
+    fn lock_disk(&self, folder: &Dir, instance: &ObjectName, disk: DiskName, part: DiskPart) -> Result<File> {
+        let file = folder.open_file(disk_file(disk, part), Access::ReadWrite).map_err(|error| match error
+            .kind()
+        {
+            ErrorKind::NotFound => no_such_disk(instance, disk),
+            _ => error,
+        })?;
+        if !try_lock(&file, Share::Exclusive).context(|| format!("lock {instance}/{disk}"))? {
+            return Err(self.busy_disk(instance, disk));
+        }
+        // The instance may have been removed between opening and locking; its remover held the lock until it was.
+        let stat = rustix::fs::fstat(&file).context(|| format!("look up {instance}/{disk}"))?;
+        if stat.st_nlink == 0 {
+            return Err(no_such_disk(instance, disk));
+        }
+        Ok(file)
+    }
+
+    /// What to tell whoever wants a disk that somebody else has open.
+    pub(super) fn busy_disk(&self, instance: &ObjectName, disk: DiskName) -> Error {
+        let error = Error::new(ErrorKind::Busy, format!("disk {instance}/{disk}: open elsewhere"));
+        match self.serving() {
+            Ok(Some(server)) => error.with_hint(format!(
+                "process {} serves the store on {}: who uses {} there?",
+                server.pid,
+                server.mountpoint.display(),
+                Path::new("instances").join(instance.as_str()).join(disk.as_str()).display()
+            )),
+            _ => error.with_hint("another cowdisk process has it open"),
+        }
+    }
+
+    /// Size, space and times of a disk, whether it is open or not. While it is open its size is that of the last time
+    /// it grew, and what was written is counted as far as the host has placed it.
+    ///
+    /// # Errors
+    /// [`ErrorKind::NotFound`] if there is no such disk; [`ErrorKind::Corrupt`] if its map is damaged.
+    pub fn disk_status(&self, instance: &ObjectName, disk: DiskName) -> Result<DiskStatus> {
+        let folder = self.instance_dir(instance)?;
+        let shown = || format!("look up {instance}/{disk}");
+        let times = |file: &File| -> Result<(SystemTime, SystemTime, u64, u64)> {
+            let metadata = file.metadata().context(shown)?;
+            let modified = metadata.modified().context(shown)?;
+            let accessed = metadata.accessed().unwrap_or(modified);
+            Ok((modified, accessed, metadata.len(), metadata.blocks() * 512))
+        };
+        if folder.has(disk_file(disk, DiskPart::Raw))? {
+            let file = folder.open_file(disk_file(disk, DiskPart::Raw), Access::Read)?;
+            let (modified, accessed, size, data_allocated) = times(&file)?;
+            return Ok(DiskStatus { size, data_allocated, map_allocated: 0, modified, accessed, cow: false });
+        }
+        let map = self.open_map(&folder, instance, disk)?;
+        let data = folder.open_file(disk_file(disk, DiskPart::Data), Access::Read)?;
+        let (modified, accessed, _, data_allocated) = times(&data)?;
+        let size = read_superblock(&map).context(shown)?.geometry.size();
+        Ok(DiskStatus {
+            size,
+            data_allocated,
+            map_allocated: map.allocated()?,
+            modified,
+            accessed,
+            cow: true,
+        })
+    }
+
+    fn open_map(&self, folder: &Dir, instance: &ObjectName, disk: DiskName) -> Result<FileStorage> {
+        match folder.open_file(disk_file(disk, DiskPart::Map), Access::Read) {
+            Ok(file) => Ok(FileStorage::new(file, format!("map of {instance}/{disk}"))),
+            Err(error) if error.kind() == ErrorKind::NotFound => Err(no_such_disk(instance, disk)),
+            Err(error) => Err(error),
+        }
+    }
+
+    /// Where each byte of a disk comes from, whether it is open or not. Changes nothing; of a disk that is being
+    /// written to it shows some moment, not necessarily the same for all parts.
+    ///
+    /// # Errors
+    /// [`ErrorKind::NotFound`] if there is no such disk; [`ErrorKind::Corrupt`] if its map or its base is damaged.
+    pub fn disk_map(&self, instance: &ObjectName, disk: DiskName) -> Result<DiskMap> {
+        let folder = self.instance_dir(instance)?;
+        if folder.has(disk_file(disk, DiskPart::Raw))? {
+            let file = folder.open_file(disk_file(disk, DiskPart::Raw), Access::Read)?;
+            let file = FileStorage::new(file, format!("{instance}/{disk}"));
+            let size = file.size()?;
+            let mut extents = Extents::default();
+            let (data, zero) = (DiskExtentKind::Data, DiskExtentKind::Zero);
+            extents.add_file(|at| file.next_data(at), |at| file.next_hole(at), 0, size, data, zero)?;
+            return Ok(DiskMap { size, base: None, block_bytes: None, extents: extents.0 });
+        }
+        let map = self.open_map(&folder, instance, disk)?;
+        let superblock = read_superblock(&map).context(|| format!("read the map of {instance}/{disk}"))?;
+        let live_map = self.run_dir()?.join(live_map_name(superblock.layer));
+        let reader = MapReader::open(&format!("{instance}/{disk}"), map, &live_map)?;
+        let base = match superblock.base {
+            BaseRef::Blank => BaseImage::blank(),
+            BaseRef::Image { id, .. } => {
+                BaseImage::image(id, Box::new(FileStorage::new(self.open_base(&id)?, format!("base {id}"))))?
+            }
+        };
+        let geometry = reader.superblock().geometry;
+        let mut extents = Extents::default();
+        for run in reader.extents() {
+            let (offset, len) = geometry.bytes_of(run.span);
+            match run.state {
+                BlockState::Data => extents.add(offset, len, DiskExtentKind::Data),
+                BlockState::Zero => extents.add(offset, len, DiskExtentKind::Zero),
+                BlockState::Base => extents.add_file(
+                    |at| base.next_data(at),
+                    |at| base.next_hole(at),
+                    offset,
+                    offset + len,
+                    DiskExtentKind::Base,
+                    DiskExtentKind::BaseZero,
+                )?,
+            }
+        }
+        Ok(DiskMap {
+            size: geometry.size(),
+            base: Some(superblock.base),
+            block_bytes: Some(geometry.block_bytes()),
+            extents: extents.0,
+        })
+    }
+
+    /// Removes the live maps of layers that are gone. They only take memory, so a failure is only noted.
+    pub(super) fn remove_live_maps(&self, names: &[String]) {
+        if names.is_empty() {
+            return;
+        }
+        match self.run_dir_in_use() {
+            Ok(None) => {}
+            Ok(Some(dir)) => {
+                for name in names {
+                    let path = dir.join(name);
+                    match std::fs::remove_file(&path) {
+                        Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+                            log::warn!("remove live map {}: {error}", path.display());
+                        }
+                        _ => {}
+                    }
+                }
+            }
+            Err(error) => log::warn!("cannot remove live maps: {error}"),
+        }
+    }
+}
+
+fn no_such_disk(instance: &ObjectName, disk: DiskName) -> Error {
+    Error::new(ErrorKind::NotFound, format!("disk {instance}/{disk}: not found"))
+}
+
+/// Extents that join with their neighbours of the same kind.
+#[derive(Default)]
+struct Extents(Vec<DiskExtent>);
+
+impl Extents {
+    fn add(&mut self, offset: u64, len: u64, kind: DiskExtentKind) {
+        match self.0.last_mut() {
+            Some(last) if last.kind == kind && last.offset + last.len == offset => last.len += len,
+            _ if len > 0 => self.0.push(DiskExtent { offset, len, kind }),
+            _ => {}
+        }
+    }
+
+    /// Adds `from..to` of a file as data and holes.
+    fn add_file(
+        &mut self,
+        next_data: impl Fn(u64) -> Result<Option<u64>>,
+        next_hole: impl Fn(u64) -> Result<u64>,
+        from: u64,
+        to: u64,
+        data_kind: DiskExtentKind,
+        hole_kind: DiskExtentKind,
+    ) -> Result<()> {
+        let mut at = from;
+        while at < to {
+            let data = next_data(at)?.unwrap_or(to).clamp(at, to);
+            self.add(at, data - at, hole_kind);
+            // A file that changes meanwhile may answer its own argument; then the rest counts as data.
+            let hole = if data < to { next_hole(data)?.min(to) } else { to };
+            let hole = if hole > data { hole } else { to };
+            self.add(data, hole - data, data_kind);
+            at = hole;
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,100 @@
+//! Whether a host filesystem can hold a store: found out by doing it, not by a list of names.
+
+use std::os::unix::fs::FileExt;
+
+use rustix::fs::{FallocateFlags, SeekFrom};
+
+use super::atomic::DraftFile;
+use super::dir::Dir;
+use crate::error::{Context, Error, ErrorKind, Result};
+
+/// Bytes written and punched: at least two blocks of any filesystem.
+const PROBE_BYTES: u64 = 128 << 10;
+/// The end of the probe's sparse file.
+const PROBE_END: u64 = 64 << 30;
+
+/// Makes a sparse file in `tmp`, punches a hole into it and looks whether it is one.
+///
+/// # Errors
+/// [`ErrorKind::Unsupported`], with the name of the filesystem.
+pub(super) fn check(tmp: &Dir) -> Result<()> {
+    let probe = DraftFile::new(tmp, "probe")?;
+    let file = probe.file();
+    let unsupported = |what: &str| {
+        Error::new(ErrorKind::Unsupported, format!("the host filesystem ({}) has no {what}", name(tmp)))
+            .with_hint("keep the store on ext4, XFS or btrfs")
+    };
+    let bytes = vec![0xa5; usize::try_from(PROBE_BYTES).unwrap_or(0)];
+    file.write_all_at(&bytes, 0).context(|| "write to the host filesystem")?;
+    file.set_len(PROBE_END).map_err(|_| unsupported("sparse files of 64 GiB"))?;
+    let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
+    rustix::fs::fallocate(file, flags, 0, PROBE_BYTES).map_err(|_| unsupported("hole punching"))?;
+    let mut byte = [1];
+    file.read_exact_at(&mut byte, 0).context(|| "read from the host filesystem")?;
+    let data = rustix::fs::seek(file, SeekFrom::Data(0));
+    if byte != [0] || data != Err(rustix::io::Errno::NXIO) {
+        return Err(unsupported("holes that can be found (SEEK_DATA)"));
+    }
+    let stat = rustix::fs::fstat(file).context(|| "look up a file on the host filesystem")?;
+    if stat.st_blocks.cast_unsigned() * 512 > PROBE_BYTES {
+        return Err(unsupported("sparse files"));
+    }
+    Ok(())
+}
+
+/// The name of the filesystem that a folder is on, or the number by which the kernel knows it.
+fn name(dir: &Dir) -> String {
+    const NAMES: [(u32, &str); 17] = [
+        (0xef53, "ext4"),
+        (0x5846_5342, "xfs"),
+        (0x9123_683e, "btrfs"),
+        (0x0102_1994, "tmpfs"),
+        (0x8584_58f6, "ramfs"),
+        (0x794c_7630, "overlay"),
+        (0x6969, "nfs"),
+        (0xff53_4d42, "cifs"),
+        (0xfe53_4d42, "smb2"),
+        (0x4d44, "vfat"),
+        (0x2011_bab0, "exfat"),
+        (0x7366_746e, "ntfs3"),
+        (0x6573_5546, "fuse"),
+        (0x0102_1997, "9p"),
+        (0x2fc1_2fc1, "zfs"),
+        (0xf2f5_2010, "f2fs"),
+        (0x3153_464a, "jfs"),
+    ];
+    let Ok(statfs) = rustix::fs::fstatfs(dir) else { return "unknown".to_owned() };
+    let known = NAMES.iter().find(|(magic, _)| i128::from(statfs.f_type) == i128::from(*magic));
+    known.map_or_else(|| format!("type {:#x}", statfs.f_type), |(_, name)| (*name).to_owned())
+}
+
+/// Whether a folder is in memory: gone after a reboot, and never written to a disk.
+pub(super) fn is_memory(dir: &Dir) -> bool {
+    ["tmpfs", "ramfs"].contains(&name(dir).as_str())
+}
+
+/// Bytes that the host filesystem has free for us, where it says so.
+pub(super) fn free_bytes(dir: &Dir) -> Option<u64> {
+    let statvfs = rustix::fs::fstatvfs(dir).ok()?;
+    statvfs.f_bavail.checked_mul(statvfs.f_frsize)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_filesystem_with_holes_passes_and_nothing_is_left() {
+        let folder = tempfile::tempdir().unwrap();
+        let dir = Dir::open_path(folder.path()).unwrap();
+        check(&dir).unwrap();
+        assert!(dir.names().unwrap().is_empty());
+    }
+
+    #[test]
+    fn a_filesystem_without_holes_is_refused_by_name() {
+        // The kernel's own sysfs and proc cannot be written to at all; any error must come back as one, not a panic.
+        let proc = Dir::open_path(std::path::Path::new("/proc/self")).unwrap();
+        assert!(check(&proc).is_err());
+    }
+}

@@ -1,0 +1,177 @@
+//! The folder of images, flavors and instances.
+//!
+//! A [`Store`] is a folder on the host's filesystem that holds everything: shared bases by content, the records of
+//! images and flavors that name them, and for each instance a folder with its disks. `layout.rs` has every path,
+//! `atomic.rs` the way in which anything appears, changes or leaves, `lock.rs` the locks. Several processes may use one
+//! store at a time, whether it is mounted or not; nothing is kept in memory between calls, so what one of them changes
+//! all others see at once.
+//!
+//! What refers to what: an image and a flavor each name a base; an instance names the bases of its overlays; images and
+//! instances name boot files. A base or boot file that nothing refers to is removed together with the last record that
+//! did; a crash in between leaves a sign in `tmp/`, upon which the next opening counts references.
+
+mod atomic;
+mod attrs;
+mod bases;
+mod boot;
+mod convert;
+mod copy;
+mod dir;
+mod disk;
+mod flavors;
+mod foreign;
+mod hex;
+mod host_fs;
+mod images;
+mod instances;
+mod layout;
+mod lock;
+mod names;
+mod plain;
+mod progress;
+mod record;
+mod references;
+mod run_dir;
+mod source;
+mod superblock;
+mod timestamp;
+mod tool;
+
+use std::path::{Path, PathBuf};
+
+pub use attrs::{Attributes, FileRef, XATTR_NAME_BYTES_MAX, XATTR_VALUE_BYTES_MAX, XATTRS_MAX};
+pub use disk::{Disk, DiskExtent, DiskExtentKind, DiskMap, DiskStatus};
+pub use flavors::{Flavor, FlavorFs, FlavorSpec, LOCAL_LABEL};
+pub use foreign::SourceFormat;
+pub use images::{Image, ImportRequest};
+pub use instances::{Instance, InstanceDisk, InstanceSpec};
+pub use lock::{ServeLock, ServerInfo};
+pub use names::{DiskName, NAME_RULE, ObjectName};
+pub use plain::PlainDisk;
+pub use progress::{NoProgress, Progress};
+pub use record::BootFileId;
+pub use timestamp::Timestamp;
+
+use dir::Dir;
+use lock::StoreLock;
+
+use crate::error::{Context, Error, ErrorKind, Result};
+
+/// An open store. Cheap to open; may be shared by threads.
+#[derive(Debug)]
+pub struct Store {
+    path: PathBuf,
+    uuid: String,
+    run_dir_wanted: Option<PathBuf>,
+    root: Dir,
+    bases: Dir,
+    boot: Dir,
+    images: Dir,
+    flavors: Dir,
+    instances: Dir,
+    attrs: Dir,
+    tmp: Dir,
+}
+
+impl Store {
+    /// Makes a store in `dir`, which does not exist or is an empty folder (a `lost+found` and what an interrupted
+    /// `init` left are allowed), and opens it. The folder gets mode 0700.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Exists`] if there is a store; [`ErrorKind::Invalid`] if there is something else;
+    /// [`ErrorKind::Unsupported`] if the host's filesystem has no sparse files or cannot punch holes.
+    pub fn init(dir: &Path) -> Result<Self> {
+        superblock::init(dir)?;
+        Self::open(dir)
+    }
+
+    /// Opens the store in `dir` and removes what processes that have died left half-made.
+    ///
+    /// # Errors
+    /// [`ErrorKind::NotFound`] if there is no store; [`ErrorKind::Unsupported`] if it is of a newer version;
+    /// [`ErrorKind::Corrupt`] if its superblock is damaged.
+    pub fn open(dir: &Path) -> Result<Self> {
+        let shown = dir.display();
+        let hint = format!("make one: cowdisk --store {shown} init");
+        let root = match Dir::open_path(dir) {
+            Err(error) if error.kind() == ErrorKind::NotFound => {
+                let message = format!("store {shown}: no such folder");
+                return Err(Error::new(ErrorKind::NotFound, message).with_hint(hint));
+            }
+            other => other.context(|| format!("open store {shown}"))?,
+        };
+        let uuid = superblock::read(&root).map_err(|error| match error.kind() {
+            ErrorKind::NotFound => {
+                Error::new(ErrorKind::NotFound, format!("{shown}: not a cowdisk store")).with_hint(hint)
+            }
+            _ => error.context(format!("open store {shown}")),
+        })?;
+        let open = |name| root.open_dir(name).context(|| format!("open store {shown}"));
+        let store = Self {
+            path: dir.to_owned(),
+            uuid,
+            run_dir_wanted: None,
+            bases: open(layout::BASES)?,
+            boot: open(layout::BOOT)?,
+            images: open(layout::IMAGES)?,
+            flavors: open(layout::FLAVORS)?,
+            instances: open(layout::INSTANCES)?,
+            attrs: open(layout::ATTRS)?,
+            tmp: open(layout::TMP)?,
+            root,
+        };
+        store.sweep()?;
+        Ok(store)
+    }
+
+    /// Asks for another run directory than the usual one; see [`Store::run_dir`].
+    #[must_use]
+    pub fn with_run_dir(mut self, dir: impl Into<PathBuf>) -> Self {
+        self.run_dir_wanted = Some(dir.into());
+        self
+    }
+
+    /// The path by which the store was opened.
+    pub fn dir(&self) -> &Path {
+        &self.path
+    }
+
+    /// 32 hex digits that no other store has.
+    pub fn uuid(&self) -> &str {
+        &self.uuid
+    }
+
+    /// Takes the right to serve the store at `mountpoint` until the lock is dropped.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Busy`], naming process and mountpoint, if another daemon serves it.
+    pub fn serve_lock(&self, mountpoint: &Path) -> Result<ServeLock> {
+        ServeLock::take(&self.root, mountpoint)
+    }
+
+    /// The daemon that serves the store now, if one does.
+    ///
+    /// # Errors
+    /// Those of the host.
+    pub fn serving(&self) -> Result<Option<ServerInfo>> {
+        lock::serving(&self.root)
+    }
+
+    fn lock(&self) -> Result<StoreLock> {
+        StoreLock::wait(&self.root)
+    }
+
+    /// Removes what is half-made. If the store is being changed right now, that is left to the next opening.
+    fn sweep(&self) -> Result<()> {
+        if self.tmp.names()?.is_empty() {
+            return Ok(());
+        }
+        match StoreLock::try_take(&self.root)? {
+            Some(lock) => atomic::sweep(&self.tmp, || self.remove_unreferenced(&lock)),
+            None => Ok(()),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests;

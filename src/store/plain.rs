@@ -1,0 +1,204 @@
+//! A disk that is one file: an instance made without copy-on-write.
+
+use std::fs::File;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use parking_lot::Mutex;
+
+use crate::error::{Context, Error, ErrorKind, Result};
+use crate::storage::{FileStorage, Latch, LatchedStorage, Storage};
+use crate::units::check_disk_bytes;
+
+/// A raw file, open for service. All methods may be called by several threads, and promise what those of
+/// [`crate::overlay::Overlay`] do.
+#[derive(Debug)]
+pub struct PlainDisk {
+    name: String,
+    storage: LatchedStorage,
+    latch: Latch,
+    /// Bytes now; changed only with `growing` held.
+    size: AtomicU64,
+    growing: Mutex<()>,
+}
+
+impl PlainDisk {
+    /// Takes the file of a disk; `name` is what messages call it.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Corrupt`] if the file's size cannot be a disk's.
+    pub fn open(name: &str, file: File) -> Result<Self> {
+        let inner = FileStorage::new(file, name);
+        let size = inner.size()?;
+        check_disk_bytes(size)
+            .map_err(|error| Error::caused(ErrorKind::Corrupt, format!("open disk {name}"), error))?;
+        let latch = Latch::new();
+        let storage = LatchedStorage::new(Box::new(inner), latch.clone());
+        Ok(Self {
+            name: name.to_owned(),
+            storage,
+            latch,
+            size: AtomicU64::new(size),
+            growing: Mutex::new(()),
+        })
+    }
+
+    /// Bytes of the disk now.
+    pub fn size(&self) -> u64 {
+        self.size.load(Ordering::Acquire)
+    }
+
+    /// Bytes of the host's disk that it takes.
+    ///
+    /// # Errors
+    /// Those of the host.
+    pub fn allocated(&self) -> Result<u64> {
+        self.storage.allocated()
+    }
+
+    /// Fills `buf` with what lies at `offset`.
+    ///
+    /// # Errors
+    /// [`ErrorKind::OutOfRange`] beyond the end; those of the host.
+    pub fn read_at(&self, offset: u64, buf: &mut [u8]) -> Result<()> {
+        self.check_range(offset, buf.len() as u64)?;
+        self.storage.read_at(offset, buf)
+    }
+
+    /// Writes all of `buf` at `offset`; survives the host after a later [`PlainDisk::flush`].
+    ///
+    /// # Errors
+    /// [`ErrorKind::OutOfRange`] beyond the end (nothing is written then); [`ErrorKind::NoSpace`]; [`ErrorKind::Io`]
+    /// if the host's disk fails, or has failed to sync.
+    pub fn write_at(&self, offset: u64, buf: &[u8]) -> Result<()> {
+        self.check_range(offset, buf.len() as u64)?;
+        self.storage.write_at(offset, buf)
+    }
+
+    /// Makes `len` bytes at `offset` zeroes and gives their space back to the host.
+    ///
+    /// # Errors
+    /// Those of [`PlainDisk::write_at`].
+    pub fn zero(&self, offset: u64, len: u64) -> Result<()> {
+        self.latch.check()?;
+        self.check_range(offset, len)?;
+        self.storage.punch(offset, len)
+    }
+
+    /// Reserves space on the host's disk for later writes.
+    ///
+    /// # Errors
+    /// Those of [`PlainDisk::write_at`].
+    pub fn preallocate(&self, offset: u64, len: u64) -> Result<()> {
+        self.latch.check()?;
+        self.check_range(offset, len)?;
+        self.storage.allocate(offset, len)
+    }
+
+    /// Makes every write that was completed before the call durable.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Io`] if the host's disk fails to sync: from then on writes are refused until the disk is opened
+    /// again.
+    pub fn flush(&self) -> Result<()> {
+        self.storage.sync().context(|| format!("flush disk {}", self.name))
+    }
+
+    /// Grows the disk; what is new reads as zeroes. Durable on return.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Invalid`] if `size` is smaller than now, no multiple of 512, or above 16 TiB.
+    pub fn grow(&self, size: u64) -> Result<()> {
+        check_disk_bytes(size)?;
+        let _held = self.growing.lock();
+        let now = self.size();
+        if size < now {
+            let message = format!("a disk cannot shrink, from {now} to {size} bytes");
+            return Err(Error::new(ErrorKind::Invalid, message));
+        }
+        if size > now {
+            self.storage.set_len(size)?;
+            self.flush()?;
+            self.size.store(size, Ordering::Release);
+        }
+        Ok(())
+    }
+
+    /// The first byte at or after `offset` that does not lie in a hole, or `None`.
+    ///
+    /// # Errors
+    /// Those of the host.
+    pub fn next_data(&self, offset: u64) -> Result<Option<u64>> {
+        if offset >= self.size() {
+            return Ok(None);
+        }
+        self.storage.next_data(offset)
+    }
+
+    /// The first byte at or after `offset` that lies in a hole; the end counts as one.
+    ///
+    /// # Errors
+    /// Those of the host.
+    pub fn next_hole(&self, offset: u64) -> Result<u64> {
+        if offset >= self.size() {
+            return Ok(offset);
+        }
+        self.storage.next_hole(offset)
+    }
+
+    fn check_range(&self, offset: u64, len: u64) -> Result<()> {
+        let size = self.size();
+        match offset.checked_add(len) {
+            Some(end) if end <= size => Ok(()),
+            _ => Err(Error::new(
+                ErrorKind::OutOfRange,
+                format!("{len} bytes at {offset} reach beyond the end of disk {} ({size} bytes)", self.name),
+            )),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn disk() -> PlainDisk {
+        let file = tempfile::tempfile().unwrap();
+        file.set_len(1 << 20).unwrap();
+        PlainDisk::open("web-3/disk", file).unwrap()
+    }
+
+    #[test]
+    fn bytes_come_back_and_zeroed_ones_take_no_space() {
+        let disk = disk();
+        disk.write_at(1000, &[7; 100_000]).unwrap();
+        disk.flush().unwrap();
+        let allocated = disk.allocated().unwrap();
+        disk.zero(4000, 90_000).unwrap();
+        assert!(disk.allocated().unwrap() < allocated);
+        let mut buf = [1; 3];
+        for (offset, expected) in [(999, [0, 7, 7]), (3998, [7, 7, 0]), (93_999, [0, 7, 7])] {
+            disk.read_at(offset, &mut buf).unwrap();
+            assert_eq!(buf, expected);
+        }
+        assert_eq!(disk.next_data(0).unwrap(), Some(0));
+        assert_eq!(disk.next_data(200_000).unwrap(), None);
+        assert_eq!(disk.next_hole(1 << 20).unwrap(), 1 << 20);
+    }
+
+    #[test]
+    fn nothing_reaches_beyond_the_end_and_only_growing_moves_it() {
+        let disk = disk();
+        for (offset, len) in [(1 << 20, 1), ((1 << 20) - 1, 2), (u64::MAX, 1)] {
+            assert_eq!(disk.zero(offset, len).unwrap_err().kind(), ErrorKind::OutOfRange);
+            assert_eq!(disk.preallocate(offset, len).unwrap_err().kind(), ErrorKind::OutOfRange);
+        }
+        assert_eq!(disk.write_at((1 << 20) - 1, &[1, 2]).unwrap_err().kind(), ErrorKind::OutOfRange);
+        assert_eq!(disk.read_at((1 << 20) - 1, &mut [0; 2]).unwrap_err().kind(), ErrorKind::OutOfRange);
+        for bad in [0, 512, (1 << 20) + 1, u64::MAX] {
+            assert_eq!(disk.grow(bad).unwrap_err().kind(), ErrorKind::Invalid);
+        }
+        assert_eq!(disk.size(), 1 << 20);
+        disk.grow(2 << 20).unwrap();
+        disk.write_at((2 << 20) - 1, &[9]).unwrap();
+    }
+}

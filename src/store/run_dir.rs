@@ -1,0 +1,198 @@
+//! Where the live maps of a store are: a folder in memory that outlives the daemon, but not the host's boot.
+//!
+//! The live map of a disk holds what has been answered but not yet flushed, so whoever opens the disk next in the same
+//! boot must find it, whatever its environment says. The first process of a boot that needs the folder therefore writes
+//! down in the store which one it took (`run.json`), and all others of that boot take the same.
+
+use std::os::unix::fs::DirBuilderExt;
+use std::path::{Path, PathBuf};
+
+use serde::{Deserialize, Serialize};
+
+use super::dir::Dir;
+use super::lock::StoreLock;
+use super::{Store, atomic, host_fs, layout, record};
+use crate::error::{Context, Error, ErrorKind, Result};
+
+/// Names the folder to use instead of the usual ones.
+const VARIABLE: &str = "COWDISK_RUN_DIR";
+
+#[derive(Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct RunRecord {
+    /// The kernel's id of the boot for which `dir` holds.
+    boot_id: String,
+    dir: String,
+}
+
+impl Store {
+    /// The folder of this boot's live maps, made if need be: 0700 and ours.
+    ///
+    /// It is `$COWDISK_RUN_DIR`, `/run/cowdisk`, `/dev/shm/cowdisk-UID` or `$XDG_RUNTIME_DIR/cowdisk`, the first that
+    /// is in memory and that we may write to, and in it a folder with the store's uuid.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Busy`] if `$COWDISK_RUN_DIR` names another folder than the one in use since the host's boot;
+    /// [`ErrorKind::Denied`] if the folder belongs to somebody else.
+    pub fn run_dir(&self) -> Result<PathBuf> {
+        let boot_id = boot_id()?;
+        if let Some(dir) = self.recorded_run_dir(&boot_id)? {
+            return self.reuse(dir);
+        }
+        let _lock = StoreLock::wait(&self.root)?;
+        if let Some(dir) = self.recorded_run_dir(&boot_id)? {
+            return self.reuse(dir);
+        }
+        let dir = self.choose()?;
+        let text = dir.to_str().ok_or_else(|| {
+            Error::new(ErrorKind::Invalid, format!("run directory {}: must be UTF-8", dir.display()))
+        })?;
+        let bytes = record::encode(&RunRecord { boot_id, dir: text.to_owned() })?;
+        atomic::replace_file(&self.tmp, &self.root, layout::RUN, &bytes)?;
+        Ok(dir)
+    }
+
+    /// The folder that this boot uses, if any process has needed one yet. For callers that hold the store's lock.
+    pub(super) fn run_dir_in_use(&self) -> Result<Option<PathBuf>> {
+        self.recorded_run_dir(&boot_id()?)
+    }
+
+    fn recorded_run_dir(&self, boot_id: &str) -> Result<Option<PathBuf>> {
+        match record::read::<RunRecord>(&self.root, layout::RUN, record::RECORD_BYTES_MAX) {
+            Ok(record) if record.boot_id == boot_id => Ok(Some(record.dir.into())),
+            Ok(_) => Ok(None),
+            Err(error) if error.kind() == ErrorKind::NotFound => Ok(None),
+            Err(error) => Err(error),
+        }
+    }
+
+    /// Takes the folder of an earlier process of this boot.
+    fn reuse(&self, dir: PathBuf) -> Result<PathBuf> {
+        if let Some(wanted) = self.run_dir_wanted()?
+            && wanted.join(self.uuid()) != dir
+        {
+            let message = format!("run directory: this store uses {} since the host's boot", dir.display());
+            return Err(Error::new(ErrorKind::Busy, message).with_hint(format!("unset {VARIABLE}")));
+        }
+        let parent = dir.parent().unwrap_or(Path::new("/"));
+        make_safe(parent, OTHERS_MAY_WRITE)?;
+        make_safe(&dir, OTHERS_MAY_ENTER)?;
+        Ok(dir)
+    }
+
+    /// Finds a folder for this boot.
+    fn choose(&self) -> Result<PathBuf> {
+        if let Some(wanted) = self.run_dir_wanted()? {
+            return self.make_in(&wanted);
+        }
+        let uid = rustix::process::geteuid().as_raw();
+        let mut candidates = vec![PathBuf::from(format!("/dev/shm/cowdisk-{uid}"))];
+        if uid == 0 {
+            candidates.insert(0, PathBuf::from("/run/cowdisk"));
+        }
+        if let Some(runtime) = std::env::var_os("XDG_RUNTIME_DIR") {
+            candidates.push(PathBuf::from(runtime).join("cowdisk"));
+        }
+        let mut reasons = Vec::new();
+        for candidate in candidates {
+            let parent = candidate.parent().unwrap_or(Path::new("/"));
+            match Dir::open_path(parent) {
+                Ok(dir) if host_fs::is_memory(&dir) => match self.make_in(&candidate) {
+                    Ok(dir) => return Ok(dir),
+                    Err(error) => reasons.push(error.to_string()),
+                },
+                Ok(_) => reasons.push(format!("{} is not in memory", parent.display())),
+                Err(error) => reasons.push(error.to_string()),
+            }
+        }
+        let message = format!("no folder for the live maps: {}", reasons.join("; "));
+        Err(Error::new(ErrorKind::Unsupported, message)
+            .with_hint(format!("name one on a tmpfs with {VARIABLE}")))
+    }
+
+    /// The folder that the caller or the environment asks for.
+    fn run_dir_wanted(&self) -> Result<Option<PathBuf>> {
+        let wanted = self.run_dir_wanted.clone().or_else(|| std::env::var_os(VARIABLE).map(PathBuf::from));
+        match wanted {
+            Some(dir) if !dir.is_absolute() => {
+                let message = format!("run directory {}: must be an absolute path", dir.display());
+                Err(Error::new(ErrorKind::Invalid, message))
+            }
+            wanted => Ok(wanted),
+        }
+    }
+
+    fn make_in(&self, parent: &Path) -> Result<PathBuf> {
+        make_safe(parent, OTHERS_MAY_WRITE)?;
+        let dir = parent.join(self.uuid());
+        make_safe(&dir, OTHERS_MAY_ENTER)?;
+        Ok(dir)
+    }
+}
+
+/// Permission bits that a folder must not have.
+const OTHERS_MAY_WRITE: u32 = 0o022;
+const OTHERS_MAY_ENTER: u32 = 0o077;
+
+/// Makes a folder that only we may enter, or checks that the one that is there is ours and has none of `forbidden`.
+fn make_safe(path: &Path, forbidden: u32) -> Result<()> {
+    let shown = || format!("run directory {}", path.display());
+    match std::fs::DirBuilder::new().mode(0o700).create(path) {
+        Ok(()) => {}
+        Err(error) if error.kind() == std::io::ErrorKind::AlreadyExists => {}
+        Err(error) => return Err(Error::io(shown(), error)),
+    }
+    let stat = rustix::fs::lstat(path).context(shown)?;
+    let is_dir = rustix::fs::FileType::from_raw_mode(stat.st_mode) == rustix::fs::FileType::Directory;
+    if !is_dir || stat.st_uid != rustix::process::geteuid().as_raw() || stat.st_mode & forbidden != 0 {
+        let message =
+            format!("{}: must be a folder of our own that is closed to others (mode 0700)", shown());
+        return Err(Error::new(ErrorKind::Denied, message));
+    }
+    Ok(())
+}
+
+/// The kernel's id of this boot.
+fn boot_id() -> Result<String> {
+    let path = "/proc/sys/kernel/random/boot_id";
+    let text = std::fs::read_to_string(path).context(|| format!("read {path}"))?;
+    Ok(text.trim().to_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::PermissionsExt;
+
+    use super::super::tests::store_with_image;
+    use super::*;
+
+    #[test]
+    fn all_processes_of_a_boot_use_the_same_folder() {
+        let t = store_with_image();
+        let first = t.store.run_dir().unwrap();
+        assert_eq!(first, t.run.path().join(t.store.uuid()));
+        assert_eq!(Store::open(t.folder.path()).unwrap().run_dir().unwrap(), first, "without being told");
+        let other = Store::open(t.folder.path()).unwrap().with_run_dir("/run/elsewhere");
+        assert_eq!(other.run_dir().unwrap_err().kind(), ErrorKind::Busy);
+    }
+
+    #[test]
+    fn a_folder_that_others_may_enter_is_refused() {
+        let t = store_with_image();
+        let dir = t.store.run_dir().unwrap();
+        std::fs::set_permissions(&dir, std::fs::Permissions::from_mode(0o755)).unwrap();
+        assert_eq!(t.store.run_dir().unwrap_err().kind(), ErrorKind::Denied);
+    }
+
+    #[test]
+    fn another_boot_chooses_anew() {
+        let t = store_with_image();
+        let first = t.store.run_dir().unwrap();
+        let record = t.folder.path().join(layout::RUN);
+        let old = std::fs::read_to_string(&record).unwrap().replace(&boot_id().unwrap(), "another boot");
+        std::io::Write::write_all(&mut std::fs::File::create(&record).unwrap(), old.as_bytes()).unwrap();
+        let moved = tempfile::tempdir().unwrap();
+        let store = Store::open(t.folder.path()).unwrap().with_run_dir(moved.path());
+        assert_ne!(store.run_dir().unwrap(), first);
+    }
+}

@@ -1,0 +1,322 @@
+//! Running another program under limits: `qemu-img` over bytes that nobody trusts, `mkfs` over our own.
+//!
+//! The limits are set by `prlimit(1)` and `setpriv(1)` of util-linux, an essential package of Debian, which set them
+//! and then become the program. So they hold before its first instruction, the child has the same process id all along,
+//! and it dies with us, all without unsafe code between fork and exec. The program gets no terminal, an environment of
+//! four variables, and a working directory by descriptor.
+
+use std::fs::File;
+use std::io::Read;
+use std::os::fd::{AsFd, AsRawFd};
+use std::os::unix::fs::PermissionsExt;
+use std::os::unix::process::{CommandExt, ExitStatusExt};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::time::{Duration, Instant};
+
+use rustix::process::{Pid, Resource, Signal, getrlimit};
+
+use super::dir::Dir;
+use super::progress::{Progress, check_cancelled};
+use crate::error::{Context, Error, ErrorKind, Result};
+
+/// Where programs are looked for besides `PATH`: an unprivileged user's often lacks the first two.
+const USUAL_FOLDERS: &str = "/usr/sbin:/sbin:/usr/bin:/bin";
+/// Most bytes of a program's messages that are kept.
+const MESSAGES_BYTES_MAX: usize = 4096;
+/// How often the program is looked at, at most and at least.
+const PAUSE_MIN: Duration = Duration::from_millis(1);
+const PAUSE_MAX: Duration = Duration::from_millis(20);
+
+/// What a program may use.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Limits {
+    /// Seconds of processor time.
+    pub(super) cpu_seconds: u64,
+    /// Bytes of address space.
+    pub(super) address_bytes: u64,
+    /// Bytes of the largest file that it may write.
+    pub(super) file_bytes: u64,
+    /// Time until it is killed.
+    pub(super) wall: Duration,
+}
+
+/// A program to run.
+pub(super) struct Tool<'a> {
+    /// Its name.
+    pub(super) program: &'a str,
+    /// The Debian package that has it.
+    pub(super) package: &'a str,
+    pub(super) arguments: Vec<String>,
+    pub(super) folder: &'a Dir,
+    pub(super) input: Option<&'a File>,
+    pub(super) limits: Limits,
+}
+
+impl Tool<'_> {
+    /// Runs the program to its end. Each piece of its output is handed to `output`.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Unsupported`] if the program is not there, naming its package; [`ErrorKind::Interrupted`] if the
+    /// user cancels (the program is then dead); [`ErrorKind::Io`] with its own words if it fails.
+    pub(super) fn run(&self, progress: &dyn Progress, mut output: impl FnMut(&[u8]) + Send) -> Result<()> {
+        let mut command = self.command()?;
+        let mut child = Running(command.spawn().context(|| format!("run {}", self.program))?);
+        let (stdout, stderr) = (child.0.stdout.take(), child.0.stderr.take());
+        let started = Instant::now();
+        std::thread::scope(|scope| {
+            scope.spawn(move || {
+                if let Some(stdout) = stdout {
+                    read_all(stdout, |bytes| output(bytes));
+                }
+            });
+            let messages = scope.spawn(move || {
+                let mut kept = Vec::new();
+                if let Some(stderr) = stderr {
+                    read_all(stderr, |bytes| keep_last(&mut kept, bytes));
+                }
+                kept
+            });
+            let ended = self.wait(&mut child.0, started, progress);
+            if ended.is_err() {
+                // The pipes end with the program, and the threads with the pipes.
+                child.kill();
+            }
+            let messages = messages.join().unwrap_or_default();
+            self.judge(ended?, &messages)
+        })
+    }
+
+    fn command(&self) -> Result<Command> {
+        let program = find(self.program).ok_or_else(|| {
+            Error::new(ErrorKind::Unsupported, format!("{}: not installed", self.program))
+                .with_hint(format!("install the Debian package {0}: apt-get install {0}", self.package))
+        })?;
+        let helper = |name: &str| {
+            find(name).ok_or_else(|| {
+                Error::new(ErrorKind::Unsupported, format!("{name}: not installed"))
+                    .with_hint("install the Debian package util-linux")
+            })
+        };
+        let limit = |resource, wanted: u64| match getrlimit(resource).maximum {
+            Some(most) => wanted.min(most),
+            None => wanted,
+        };
+        let Limits { cpu_seconds, address_bytes, file_bytes, .. } = self.limits;
+        let input = match self.input {
+            Some(file) => Stdio::from(file.try_clone().context(|| "share a file with a program")?),
+            None => Stdio::null(),
+        };
+        let mut command = Command::new(helper("prlimit")?);
+        command
+            // The first is a signal that says why, the second a kill.
+            .arg(format!(
+                "--cpu={}:{}",
+                limit(Resource::Cpu, cpu_seconds),
+                limit(Resource::Cpu, cpu_seconds + 1)
+            ))
+            .arg(format!("--as={}", limit(Resource::As, address_bytes)))
+            .arg(format!("--fsize={}", limit(Resource::Fsize, file_bytes)))
+            .args(["--core=0", "--"])
+            .arg(helper("setpriv")?)
+            .args(["--pdeathsig", "KILL", "--no-new-privs", "--"])
+            .arg(program)
+            .args(&self.arguments)
+            .env_clear()
+            .env("PATH", USUAL_FOLDERS)
+            .env("LC_ALL", "C")
+            // Of glibc: one arena of memory instead of one for each thread, which would use up the address space.
+            .env("MALLOC_ARENA_MAX", "1")
+            .env("HOME", "/nonexistent")
+            .current_dir(format!("/proc/self/fd/{}", self.folder.as_fd().as_raw_fd()))
+            // A group of its own: Ctrl-C reaches us alone, and a kill all that the program may start.
+            .process_group(0)
+            .stdin(input)
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped());
+        Ok(command)
+    }
+
+    fn wait(&self, child: &mut Child, started: Instant, progress: &dyn Progress) -> Result<ExitStatus> {
+        let mut pause = PAUSE_MIN;
+        loop {
+            if let Some(status) = child.try_wait().context(|| format!("wait for {}", self.program))? {
+                return Ok(status);
+            }
+            check_cancelled(progress)?;
+            if started.elapsed() > self.limits.wall {
+                return Err(self.exceeded("time", format!("{} s", self.limits.wall.as_secs())));
+            }
+            std::thread::sleep(pause);
+            pause = (pause * 2).min(PAUSE_MAX);
+        }
+    }
+
+    fn judge(&self, status: ExitStatus, messages: &[u8]) -> Result<()> {
+        if status.success() {
+            return Ok(());
+        }
+        let signal = status.signal();
+        if signal == Some(Signal::XCPU.as_raw()) {
+            return Err(self.exceeded("processor time", format!("{} s", self.limits.cpu_seconds)));
+        }
+        if signal == Some(Signal::XFSZ.as_raw()) {
+            return Err(self.exceeded("file size", format!("{} bytes", self.limits.file_bytes)));
+        }
+        let said = one_line(messages);
+        let how = match (signal, status.code()) {
+            (Some(signal), _) => format!("killed by signal {signal}"),
+            (None, Some(code)) => format!("exit code {code}"),
+            (None, None) => "failed".to_owned(),
+        };
+        let kind = if said.contains("No space left on device") { ErrorKind::NoSpace } else { ErrorKind::Io };
+        let message = if said.is_empty() { how } else { format!("{how}: {said}") };
+        Err(Error::new(kind, format!("{}: {message}", self.program)))
+    }
+
+    fn exceeded(&self, what: &str, limit: String) -> Error {
+        Error::new(ErrorKind::Invalid, format!("{}: stopped at its limit of {what} ({limit})", self.program))
+    }
+}
+
+/// A child that does not outlive its owner.
+struct Running(Child);
+
+impl Running {
+    fn kill(&mut self) {
+        if matches!(self.0.try_wait(), Ok(Some(_))) {
+            return;
+        }
+        // Not waited for yet, so the ids are still its own.
+        let group = i32::try_from(self.0.id()).ok().and_then(Pid::from_raw);
+        if let Some(group) = group {
+            let _ = rustix::process::kill_process_group(group, Signal::KILL);
+        }
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        self.kill();
+    }
+}
+
+fn read_all(mut pipe: impl Read, mut each: impl FnMut(&[u8])) {
+    let mut buf = [0; 1024];
+    while let Ok(count @ 1..) = pipe.read(&mut buf) {
+        each(&buf[..count]);
+    }
+}
+
+/// Appends, and forgets what is too long ago.
+fn keep_last(kept: &mut Vec<u8>, bytes: &[u8]) {
+    kept.extend_from_slice(bytes);
+    kept.drain(..kept.len().saturating_sub(MESSAGES_BYTES_MAX));
+}
+
+/// A program's messages as one line without control characters.
+fn one_line(messages: &[u8]) -> String {
+    let text = String::from_utf8_lossy(messages);
+    let lines = text.split(|c: char| c.is_control()).map(str::trim).filter(|line| !line.is_empty());
+    lines.collect::<Vec<_>>().join("; ")
+}
+
+/// The path of a program, if it is installed.
+fn find(program: &str) -> Option<PathBuf> {
+    let path = std::env::var("PATH").unwrap_or_default();
+    let folders = path.split(':').chain(USUAL_FOLDERS.split(':')).filter(|folder| folder.starts_with('/'));
+    folders.map(|folder| Path::new(folder).join(program)).find(|path| {
+        path.metadata().is_ok_and(|metadata| metadata.is_file() && metadata.permissions().mode() & 0o111 != 0)
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::progress::NoProgress;
+    use super::*;
+
+    const LIMITS: Limits =
+        Limits { cpu_seconds: 5, address_bytes: 1 << 30, file_bytes: 1 << 20, wall: Duration::from_secs(20) };
+
+    fn run(script: &str, limits: Limits, progress: &dyn Progress) -> (Result<()>, String) {
+        let folder = tempfile::tempdir().unwrap();
+        let dir = Dir::open_path(folder.path()).unwrap();
+        let tool = Tool {
+            program: "sh",
+            package: "dash",
+            arguments: vec!["-c".into(), script.into()],
+            folder: &dir,
+            input: None,
+            limits,
+        };
+        let mut said = Vec::new();
+        let result = tool.run(progress, |bytes| said.extend_from_slice(bytes));
+        (result, String::from_utf8(said).unwrap())
+    }
+
+    #[test]
+    fn a_program_runs_in_its_folder_with_nothing_to_read() {
+        let (result, said) = run("touch here && ls && cat", LIMITS, &NoProgress);
+        result.unwrap();
+        assert_eq!(said, "here\n");
+    }
+
+    #[test]
+    fn its_own_words_are_in_the_error_on_one_line() {
+        let (result, _) = run("echo one >&2; printf 'two\\033[1m\\n' >&2; exit 3", LIMITS, &NoProgress);
+        let text = result.unwrap_err().to_string();
+        assert!(text.starts_with("sh: exit code 3: one; two"), "{text}");
+        assert!(!text.contains('\x1b'));
+    }
+
+    #[test]
+    fn limits_stop_it() {
+        let (result, _) = run("head -c 2000000 /dev/zero > big", LIMITS, &NoProgress);
+        assert!(result.is_err());
+        let busy = Limits { cpu_seconds: 1, ..LIMITS };
+        let (result, _) = run("while :; do :; done", busy, &NoProgress);
+        assert!(result.unwrap_err().to_string().contains("processor time"));
+        let idle = Limits { wall: Duration::from_millis(100), ..LIMITS };
+        let (result, _) = run("sleep 60", idle, &NoProgress);
+        assert!(result.unwrap_err().to_string().contains("limit of time"));
+        let (result, _) =
+            run("sleep 1; head -c 100000 /dev/urandom | tr -dc a >&2; exit 1", LIMITS, &NoProgress);
+        assert!(result.unwrap_err().to_string().len() < 2 * MESSAGES_BYTES_MAX);
+    }
+
+    #[test]
+    fn cancelling_kills_it() {
+        struct Cancelled;
+        impl Progress for Cancelled {
+            fn begin(&self, _: &str, _: Option<u64>) {}
+            fn advance(&self, _: u64) {}
+            fn finish(&self) {}
+            fn cancelled(&self) -> bool {
+                true
+            }
+        }
+        let started = Instant::now();
+        let (result, _) = run("sleep 60", LIMITS, &Cancelled);
+        assert_eq!(result.unwrap_err().kind(), ErrorKind::Interrupted);
+        assert!(started.elapsed() < Duration::from_secs(10));
+    }
+
+    #[test]
+    fn a_program_that_is_missing_names_its_package() {
+        let folder = tempfile::tempdir().unwrap();
+        let dir = Dir::open_path(folder.path()).unwrap();
+        let tool = Tool {
+            program: "mkfs.never",
+            package: "neverprogs",
+            arguments: vec![],
+            folder: &dir,
+            input: None,
+            limits: LIMITS,
+        };
+        let error = tool.run(&NoProgress, |_| {}).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Unsupported);
+        assert!(error.hint().unwrap().contains("neverprogs"));
+    }
+}

@@ -5,6 +5,7 @@
 //! specification of everything on disk.
 
 pub mod cli;
+pub mod daemon;
 pub mod error;
 pub mod format;
 pub mod inspect;
@@ -12,6 +13,7 @@ pub mod libvirt;
 pub mod overlay;
 pub mod storage;
 pub mod store;
+pub mod transport;
 pub mod units;
 
 pub use error::{Context, Error, ErrorKind, Result};

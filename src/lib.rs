@@ -7,7 +7,7 @@
 pub mod daemon;
 pub mod error;
 pub mod format;
-
+pub mod fs;
 pub mod overlay;
 pub mod storage;
 pub mod store;

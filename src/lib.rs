@@ -10,6 +10,7 @@ pub mod error;
 pub mod format;
 pub mod inspect;
 pub mod libvirt;
+pub mod fs;
 pub mod overlay;
 pub mod storage;
 pub mod store;

@@ -4,4 +4,7 @@
 //! answers back. It is the place where a failed request is logged, once, with operation, inode, offset and length. All
 //! transports call the same operations; which one runs changes speed, never behaviour.
 
+mod about;
+pub mod fuser;
 pub mod mount;
+mod slow_lane;

@@ -5,13 +5,16 @@
 //! specification of everything on disk.
 
 pub mod cli;
+pub mod daemon;
 pub mod error;
 pub mod format;
 pub mod inspect;
 pub mod libvirt;
+pub mod fs;
 pub mod overlay;
 pub mod storage;
 pub mod store;
+pub mod transport;
 pub mod units;
 
 pub use error::{Context, Error, ErrorKind, Result};

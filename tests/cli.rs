@@ -8,6 +8,8 @@
 
 #[path = "cli/bad_inputs.rs"]
 mod bad_inputs;
+#[path = "cli/mounted.rs"]
+mod mounted;
 
 use std::collections::BTreeMap;
 use std::fs::{self, File};

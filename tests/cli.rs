@@ -3,7 +3,8 @@
 #![allow(
     clippy::unwrap_used,
     clippy::disallowed_methods,
-    reason = "a test fails by panicking and writes scratch files"
+    clippy::print_stderr,
+    reason = "a test fails by panicking, writes scratch files and says what it skips"
 )]
 
 #[path = "cli/bad_inputs.rs"]

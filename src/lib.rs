@@ -4,9 +4,12 @@
 //! shows each instance's disks as raw files. `ARCHITECTURE.md` says which module may use which; [`format`] holds the
 //! specification of everything on disk.
 
+pub mod cli;
 pub mod daemon;
 pub mod error;
 pub mod format;
+pub mod inspect;
+pub mod libvirt;
 pub mod fs;
 pub mod overlay;
 pub mod storage;

@@ -4,11 +4,17 @@
 //! shows each instance's disks as raw files. `ARCHITECTURE.md` says which module may use which; [`format`] holds the
 //! specification of everything on disk.
 
+pub mod cli;
+pub mod daemon;
 pub mod error;
 pub mod format;
+pub mod fs;
+pub mod inspect;
+pub mod libvirt;
 pub mod overlay;
 pub mod storage;
 pub mod store;
+pub mod transport;
 pub mod units;
 
 pub use error::{Context, Error, ErrorKind, Result};

@@ -1,3 +1,5 @@
 //! The `cowdisk` command.
 
-fn main() {}
+fn main() -> std::process::ExitCode {
+    cowdisk::cli::main()
+}

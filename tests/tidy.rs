@@ -21,9 +21,11 @@ const LAYERS: [&str; 12] = [
 ];
 
 /// Crates and the folders, or files, that may name them.
-const HOMES: [(&str, &[&str]); 9] = [
+const HOMES: [(&str, &[&str]); 11] = [
     ("fuser", &["transport"]),
     ("clap", &["cli"]),
+    ("clap_complete", &["cli"]),
+    ("quick_xml", &["libvirt"]),
     ("indicatif", &["cli"]),
     ("memmap2", &["overlay/live_map.rs"]),
     ("blake3", &["format", "store"]),

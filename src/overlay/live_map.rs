@@ -82,12 +82,17 @@ impl LiveMap {
     /// Makes the file anew, for `pages` pages, holding `states`. What was there before is removed.
     ///
     /// # Errors
-    /// [`ErrorKind::NoSpace`] if the tmpfs has no room for the states.
+    /// [`ErrorKind::NoSpace`] if the tmpfs has no room for the states; [`ErrorKind::Busy`] if a live map that is there
+    /// is in use.
     pub fn create(path: &Path, binding: Binding, pages: u64, states: &SparseStates) -> Result<Self> {
-        remove_if_there(path)?;
+        if let Some(old) = open_if_there(path)? {
+            lock(path, &old)?;
+            remove_if_there(path)?;
+        }
         let mut options = OpenOptions::new();
         options.read(true).write(true).create_new(true).mode(0o600);
         let file = options.open(path).context(|| format!("create live map {}", path.display()))?;
+        lock(path, &file)?;
         let live = Self::over(path, file, pages)?;
         live.reserve_bytes(0, HEADER_BYTES as u64)?;
         for (page, words) in states.pages() {
@@ -107,13 +112,11 @@ impl LiveMap {
     /// is bound to something else, or if a failed sync made it worthless.
     ///
     /// # Errors
-    /// If the file cannot be read; [`ErrorKind::Corrupt`] if it holds what no cowdisk writes.
+    /// If the file cannot be read; [`ErrorKind::Corrupt`] if it holds what no cowdisk writes; [`ErrorKind::Busy`] if it
+    /// is in use.
     pub fn take_up(path: &Path, binding: Binding, pages: u64) -> Result<Option<(Self, SparseStates)>> {
-        let file = match OpenOptions::new().read(true).write(true).open(path) {
-            Ok(file) => file,
-            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
-            Err(error) => return Err(Error::io(format!("open live map {}", path.display()), error)),
-        };
+        let Some(file) = open_if_there(path)? else { return Ok(None) };
+        lock(path, &file)?;
         let Some(states) = read_states(path, &file, binding, pages)? else { return Ok(None) };
         let live = Self::over(path, file, pages)?;
         for (page, _) in states.pages() {
@@ -257,6 +260,26 @@ fn next_data(file: &File, offset: u64) -> io::Result<Option<u64>> {
         Ok(found) => Ok(Some(found.max(offset))),
         Err(rustix::io::Errno::NXIO) => Ok(None),
         Err(errno) => Err(errno.into()),
+    }
+}
+
+fn open_if_there(path: &Path) -> Result<Option<File>> {
+    match OpenOptions::new().read(true).write(true).open(path) {
+        Ok(file) => Ok(Some(file)),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+        Err(error) => Err(Error::io(format!("open live map {}", path.display()), error)),
+    }
+}
+
+/// One process at a time. The layer's own lock sees to that, but not where a whole store was copied, file by file or as
+/// a snapshot, and both copies, of one layer id, are served.
+fn lock(path: &Path, file: &File) -> Result<()> {
+    match rustix::fs::flock(file, rustix::fs::FlockOperation::NonBlockingLockExclusive) {
+        Err(rustix::io::Errno::WOULDBLOCK) => {
+            let message = format!("live map {}: in use by another process", path.display());
+            Err(Error::new(ErrorKind::Busy, message).with_hint("is a copy of this store being served?"))
+        }
+        other => other.context(|| format!("lock live map {}", path.display())),
     }
 }
 

@@ -112,6 +112,12 @@ impl Dir {
             .context(|| format!("create folder {}", self.path_of(name).display()))
     }
 
+    /// The inode number of this folder.
+    pub(super) fn inode(&self) -> Result<u64> {
+        let stat = rustix::fs::fstat(&self.fd).context(|| format!("look up {}", self.path.display()))?;
+        Ok(stat.st_ino)
+    }
+
     /// What is under that name, without following a link; `None` if nothing is.
     pub(super) fn stat(&self, name: &str) -> Result<Option<Stat>> {
         match rustix::fs::statat(&self.fd, component(name), AtFlags::SYMLINK_NOFOLLOW) {

@@ -4,6 +4,8 @@
 //! many syncs, so all of it happens under the store's lock; a full copy (`no_cow`) takes long, so there only the
 //! rename does, and a shared lock of each base keeps the sources from being removed meanwhile.
 
+use std::time::{Duration, Instant};
+
 use rustix::fs::Timestamps;
 use serde::{Deserialize, Serialize};
 
@@ -25,11 +27,18 @@ use crate::overlay::{LayerFiles, Overlay, live_map_name, read_superblock};
 use crate::storage::FileStorage;
 use crate::units::{BLOCK_BYTES_MIN, Geometry, HumanBytes, check_block_bytes, check_disk_bytes};
 
+/// How long the removal of an instance waits for its disks: the daemon learns that a file was closed, and closes the
+/// disk, only after `close` has returned to whoever had it open.
+const CLOSING: Duration = Duration::from_secs(2);
+const CLOSING_PAUSE: Duration = Duration::from_millis(10);
+
 /// An instance of the store.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Instance {
     /// Its name.
     pub name: ObjectName,
+    /// What tells it from any other that had or will have its name: random.
+    pub id: LayerId,
     /// The image that its root was made from. It may be gone if `cow` is false.
     pub image: ObjectName,
     /// The flavor that its local disk was made from, if any. It may be gone unless the disk is an overlay of its base.
@@ -86,6 +95,8 @@ impl InstanceSpec {
 #[derive(Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 struct InstanceRecord {
+    #[serde(with = "record::as_text")]
+    id: LayerId,
     image: ObjectName,
     flavor: Option<ObjectName>,
     cow: bool,
@@ -129,6 +140,7 @@ impl Instance {
     fn from_record(name: ObjectName, record: &InstanceRecord) -> Result<Self> {
         Ok(Self {
             name,
+            id: record.id,
             image: record.image.clone(),
             flavor: record.flavor.clone(),
             cow: record.cow,
@@ -142,6 +154,7 @@ impl Instance {
 
     fn to_record(&self) -> InstanceRecord {
         InstanceRecord {
+            id: self.id,
             image: self.image.clone(),
             flavor: self.flavor.clone(),
             cow: self.cow,
@@ -235,6 +248,7 @@ impl Store {
         let block_bytes = (!spec.no_cow).then_some(block_bytes);
         Ok(Instance {
             name: name.clone(),
+            id: LayerId::random()?,
             image: spec.image.clone(),
             flavor: spec.flavor.clone(),
             cow: !spec.no_cow,
@@ -354,7 +368,15 @@ impl Store {
     /// # Errors
     /// [`ErrorKind::Busy`] if one of its disks is open; nothing is changed then.
     pub fn remove_instance(&self, name: &ObjectName) -> Result<()> {
-        self.remove_instance_locked(name).context(|| format!("remove instance {name}"))
+        let patience = Instant::now() + CLOSING;
+        loop {
+            match self.remove_instance_locked(name) {
+                Err(error) if error.kind() == ErrorKind::Busy && Instant::now() < patience => {
+                    std::thread::sleep(CLOSING_PAUSE);
+                }
+                result => return result.context(|| format!("remove instance {name}")),
+            }
+        }
     }
 
     fn remove_instance_locked(&self, name: &ObjectName) -> Result<()> {

@@ -3,6 +3,9 @@
 //! The live map of a disk holds what has been answered but not yet flushed, so whoever opens the disk next in the same
 //! boot must find it, whatever its environment says. The first process of a boot that needs the folder therefore writes
 //! down in the store which one it took (`run.json`), and all others of that boot take the same.
+//!
+//! A copy of a store has its uuid, and a copy of that note. So the folder's name holds the inode number of the store's
+//! own folder too, and a note that names another folder is not for this store.
 
 use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
@@ -29,7 +32,7 @@ impl Store {
     /// The folder of this boot's live maps, made if need be: 0700 and ours.
     ///
     /// It is `$COWDISK_RUN_DIR`, `/run/cowdisk`, `/dev/shm/cowdisk-UID` or `$XDG_RUNTIME_DIR/cowdisk`, the first that
-    /// is in memory and that we may write to, and in it a folder with the store's uuid.
+    /// is in memory and that we may write to, and in it a folder with the store's uuid and inode number.
     ///
     /// # Errors
     /// [`ErrorKind::Busy`] if `$COWDISK_RUN_DIR` names another folder than the one in use since the host's boot;
@@ -59,7 +62,10 @@ impl Store {
 
     fn recorded_run_dir(&self, boot_id: &str) -> Result<Option<PathBuf>> {
         match record::read::<RunRecord>(&self.root, layout::RUN, record::RECORD_BYTES_MAX) {
-            Ok(record) if record.boot_id == boot_id => Ok(Some(record.dir.into())),
+            Ok(record) if record.boot_id == boot_id => {
+                let dir = PathBuf::from(record.dir);
+                Ok(dir.ends_with(self.run_dir_name()?).then_some(dir))
+            }
             Ok(_) => Ok(None),
             Err(error) if error.kind() == ErrorKind::NotFound => Ok(None),
             Err(error) => Err(error),
@@ -69,7 +75,7 @@ impl Store {
     /// Takes the folder of an earlier process of this boot.
     fn reuse(&self, dir: PathBuf) -> Result<PathBuf> {
         if let Some(wanted) = self.run_dir_wanted()?
-            && wanted.join(self.uuid()) != dir
+            && wanted.join(self.run_dir_name()?) != dir
         {
             let message = format!("run directory: this store uses {} since the host's boot", dir.display());
             return Err(Error::new(ErrorKind::Busy, message).with_hint(format!("unset {VARIABLE}")));
@@ -110,6 +116,10 @@ impl Store {
             .with_hint(format!("name one on a tmpfs with {VARIABLE}")))
     }
 
+    fn run_dir_name(&self) -> Result<String> {
+        Ok(format!("{}-{:x}", self.uuid(), self.root.inode()?))
+    }
+
     /// The folder that the caller or the environment asks for.
     fn run_dir_wanted(&self) -> Result<Option<PathBuf>> {
         let wanted = self.run_dir_wanted.clone().or_else(|| std::env::var_os(VARIABLE).map(PathBuf::from));
@@ -124,7 +134,7 @@ impl Store {
 
     fn make_in(&self, parent: &Path) -> Result<PathBuf> {
         make_safe(parent, OTHERS_MAY_WRITE)?;
-        let dir = parent.join(self.uuid());
+        let dir = parent.join(self.run_dir_name()?);
         make_safe(&dir, OTHERS_MAY_ENTER)?;
         Ok(dir)
     }
@@ -170,10 +180,23 @@ mod tests {
     fn all_processes_of_a_boot_use_the_same_folder() {
         let t = store_with_image();
         let first = t.store.run_dir().unwrap();
-        assert_eq!(first, t.run.path().join(t.store.uuid()));
+        assert!(first.starts_with(t.run.path()), "{}", first.display());
         assert_eq!(Store::open(t.folder.path()).unwrap().run_dir().unwrap(), first, "without being told");
         let other = Store::open(t.folder.path()).unwrap().with_run_dir("/run/elsewhere");
         assert_eq!(other.run_dir().unwrap_err().kind(), ErrorKind::Busy);
+    }
+
+    #[test]
+    fn a_copy_of_a_store_has_live_maps_of_its_own() {
+        let t = store_with_image();
+        let original = t.store.run_dir().unwrap();
+        let copy = tempfile::tempdir().unwrap();
+        let status =
+            std::process::Command::new("cp").arg("-aT").arg(t.folder.path()).arg(copy.path()).status();
+        assert!(status.unwrap().success());
+        let copy = Store::open(copy.path()).unwrap().with_run_dir(t.run.path());
+        assert_eq!(copy.uuid(), t.store.uuid());
+        assert_ne!(copy.run_dir().unwrap(), original);
     }
 
     #[test]

@@ -1,0 +1,415 @@
+//! The command line: nouns, verbs and their arguments.
+
+use std::path::PathBuf;
+
+use clap::{ArgAction, Args, Parser, Subcommand, ValueEnum};
+
+use crate::error::{Error, ErrorKind, Result};
+use crate::libvirt::domain::Accelerator;
+use crate::store::{DiskName, FlavorFs, ObjectName, SourceFormat};
+use crate::units::{check_block_bytes, check_disk_bytes, parse_size};
+
+const AFTER_HELP: &str = "\
+Sizes are bytes, or whole numbers with K, M, G or T: 512M, 10G.
+Results go to stdout, all else to stderr. Exit code: 0 done, 1 failed, 2 wrong use.";
+
+/// Copy-on-write disks for virtual machines.
+#[derive(Debug, Parser)]
+#[command(name = "cowdisk", version, after_help = AFTER_HELP, disable_help_subcommand = true)]
+pub struct Cli {
+    /// The directory of the store
+    #[arg(
+        long,
+        global = true,
+        env = "COWDISK_STORE",
+        default_value = "/var/lib/cowdisk",
+        value_name = "DIR"
+    )]
+    pub store: PathBuf,
+    /// Say more: -v life cycle, -vv requests, -vvv blocks; without it COWDISK_LOG says how much
+    #[arg(short, long, global = true, action = ArgAction::Count)]
+    pub verbose: u8,
+    /// Say nothing but errors and results, show no progress
+    #[arg(short, long, global = true, conflicts_with = "verbose")]
+    pub quiet: bool,
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+/// What to do.
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Make a store
+    Init,
+    /// Shared, read-only images
+    #[command(subcommand)]
+    Image(ImageCommand),
+    /// Local disks of a kind, shared like images
+    #[command(subcommand)]
+    Flavor(FlavorCommand),
+    /// Instances: a root disk over an image, and perhaps a local disk
+    #[command(subcommand)]
+    Instance(InstanceCommand),
+    /// Show which parts of a disk are its own and which are its base's
+    Map(MapArgs),
+    /// Run instances as libvirt guests
+    Libvirt(LibvirtArgs),
+    /// Print a script that completes cowdisk's arguments in a shell
+    Completions {
+        /// The shell
+        shell: clap_complete::Shell,
+    },
+}
+
+/// Whether to print JSON.
+#[derive(Clone, Copy, Debug, Args)]
+pub struct Form {
+    /// Print JSON; sizes are bytes
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// `cowdisk image …`
+#[derive(Debug, Subcommand)]
+pub enum ImageCommand {
+    /// Take a file into the store as an image
+    Import(ImportArgs),
+    /// List the images
+    List(Form),
+    /// Show an image
+    Show {
+        /// The image
+        name: ObjectName,
+        #[command(flatten)]
+        form: Form,
+    },
+    /// Read an image, or all, and compare with what was imported
+    Verify {
+        /// The image; all images without it
+        name: Option<ObjectName>,
+    },
+    /// Remove an image; refused while an instance is over it
+    Remove {
+        /// The image
+        name: ObjectName,
+    },
+}
+
+/// `cowdisk image import …`
+#[derive(Debug, Args)]
+pub struct ImportArgs {
+    /// The image's name
+    pub name: ObjectName,
+    /// The file to import
+    pub file: PathBuf,
+    /// Its format: raw, qcow2, vmdk, vhdx or vdi; without it the file's first bytes tell
+    #[arg(long)]
+    pub format: Option<SourceFormat>,
+    /// A kernel to boot the image with
+    #[arg(long, value_name = "FILE")]
+    pub kernel: Option<PathBuf>,
+    /// An initial ramdisk for the kernel
+    #[arg(long, value_name = "FILE")]
+    pub ramdisk: Option<PathBuf>,
+}
+
+/// `cowdisk flavor …`
+#[derive(Debug, Subcommand)]
+pub enum FlavorCommand {
+    /// Make a flavor: its blank, formatted local disk is made once and shared
+    Add {
+        /// The flavor's name
+        name: ObjectName,
+        /// Size of the local disk
+        #[arg(long, value_name = "SIZE", value_parser = disk_size, allow_negative_numbers = true)]
+        local_size: u64,
+        /// What it is formatted with: ext4, xfs, swap or none
+        #[arg(long, default_value = "ext4")]
+        fs: FlavorFs,
+    },
+    /// List the flavors
+    List(Form),
+    /// Show a flavor
+    Show {
+        /// The flavor
+        name: ObjectName,
+        #[command(flatten)]
+        form: Form,
+    },
+    /// Remove a flavor; instances that were made with it keep their disks
+    Remove {
+        /// The flavor
+        name: ObjectName,
+    },
+}
+
+/// `cowdisk instance …`
+#[derive(Debug, Subcommand)]
+pub enum InstanceCommand {
+    /// Make an instance
+    Create(CreateArgs),
+    /// List the instances
+    List(Form),
+    /// Show an instance
+    Show {
+        /// The instance
+        name: ObjectName,
+        #[command(flatten)]
+        form: Form,
+    },
+    /// Remove an instance and its disks; refused while one is open
+    Remove {
+        /// The instance
+        name: ObjectName,
+    },
+}
+
+/// `cowdisk instance create …`
+#[derive(Debug, Args)]
+pub struct CreateArgs {
+    /// The instance's name
+    pub name: ObjectName,
+    /// The image that its root disk is over
+    #[arg(long)]
+    pub image: ObjectName,
+    /// The flavor that its local disk is of; without flavor and --local-size there is no local disk
+    #[arg(long)]
+    pub flavor: Option<ObjectName>,
+    /// Size of the root disk, at least the image's; the image's size without it
+    #[arg(long, value_name = "SIZE", value_parser = disk_size, allow_negative_numbers = true)]
+    pub root_size: Option<u64>,
+    /// Size of the local disk, at least the flavor's
+    #[arg(long, value_name = "SIZE", value_parser = disk_size, allow_negative_numbers = true)]
+    pub local_size: Option<u64>,
+    /// Unit of copy-on-write: a power of two from 4K to 64K [default: 4K]
+    #[arg(long, value_name = "SIZE", value_parser = block_size, allow_negative_numbers = true, conflicts_with = "no_cow")]
+    pub block_size: Option<u32>,
+    /// Make full, independent disks instead of overlays
+    #[arg(long)]
+    pub no_cow: bool,
+}
+
+/// `cowdisk map …`
+#[derive(Debug, Args)]
+pub struct MapArgs {
+    /// The disk: INSTANCE or INSTANCE/disk for the root disk, INSTANCE/disk.local for the local one
+    #[arg(value_name = "INSTANCE[/DISK]", value_parser = map_target)]
+    pub target: MapTarget,
+    /// A table for people, or the fields of `qemu-img map --output=json`
+    #[arg(long, value_enum, default_value_t = MapForm::Human)]
+    pub output: MapForm,
+}
+
+/// One disk of one instance.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct MapTarget {
+    /// The instance.
+    pub instance: ObjectName,
+    /// Its disk.
+    pub disk: DiskName,
+}
+
+/// How a map is printed.
+#[derive(Clone, Copy, Debug, ValueEnum)]
+pub enum MapForm {
+    /// A table.
+    Human,
+    /// What `qemu-img map --output=json` prints.
+    Json,
+}
+
+/// `cowdisk libvirt …`
+#[derive(Debug, Args)]
+pub struct LibvirtArgs {
+    /// The libvirt to talk to; else LIBVIRT_DEFAULT_URI, else qemu:///system for root and qemu:///session for others
+    #[arg(long, short = 'c', global = true, value_name = "URI")]
+    pub connect: Option<String>,
+    #[command(subcommand)]
+    pub command: LibvirtCommand,
+}
+
+/// What to do with libvirt. The store must be mounted for all of it.
+#[derive(Debug, Subcommand)]
+pub enum LibvirtCommand {
+    /// Print the <disk> elements of an instance, or a whole domain
+    Xml {
+        /// The instance
+        instance: ObjectName,
+        /// A whole domain instead
+        #[arg(long)]
+        domain: bool,
+        #[command(flatten)]
+        guest: GuestArgs,
+    },
+    /// Run an instance as a transient domain of its name
+    Start {
+        /// The instance
+        instance: ObjectName,
+        #[command(flatten)]
+        guest: GuestArgs,
+    },
+    /// Ask the guest to power off, and wait until it has
+    Stop {
+        /// The instance
+        instance: ObjectName,
+        /// How long to wait
+        #[arg(long, value_name = "SECONDS", default_value_t = 60, value_parser = seconds, allow_negative_numbers = true)]
+        timeout: u64,
+        /// Pull the plug instead
+        #[arg(long)]
+        force: bool,
+    },
+    /// Plug an instance's disks into a running domain
+    Attach {
+        /// The domain: name, id or UUID
+        domain: String,
+        /// The instance
+        instance: ObjectName,
+    },
+    /// Unplug an instance's disks from a running domain
+    Detach {
+        /// The domain: name, id or UUID
+        domain: String,
+        /// The instance
+        instance: ObjectName,
+        /// How long the guest may take to let go of a disk
+        #[arg(long, value_name = "SECONDS", default_value_t = 30, value_parser = seconds, allow_negative_numbers = true)]
+        timeout: u64,
+    },
+}
+
+/// What a guest is made of beside its disks.
+#[derive(Debug, Args)]
+pub struct GuestArgs {
+    /// Boot this kernel; else the instance's, if its image has one; else the boot loader on the disk
+    #[arg(long, value_name = "FILE")]
+    pub kernel: Option<PathBuf>,
+    /// The kernel's initial ramdisk; else the instance's, if the kernel is the instance's too
+    #[arg(long, value_name = "FILE")]
+    pub ramdisk: Option<PathBuf>,
+    /// The kernel's command line [default: root=/dev/vda rw console=ttyS0]
+    #[arg(long, value_name = "WORDS", allow_hyphen_values = true)]
+    pub append: Option<String>,
+    /// Memory [default: 512M]
+    #[arg(long, value_name = "SIZE", value_parser = memory_size, allow_negative_numbers = true)]
+    pub memory: Option<u64>,
+    /// Virtual processors [default: 1]
+    #[arg(long, value_name = "N", value_parser = vcpus, allow_negative_numbers = true)]
+    pub vcpus: Option<u32>,
+    /// Plug the guest into this network of libvirt; without it the guest has none
+    #[arg(long, value_name = "NAME")]
+    pub network: Option<String>,
+    /// Write the serial console to this file as well [default: a file in the run directory]
+    #[arg(long, value_name = "FILE")]
+    pub console_log: Option<PathBuf>,
+    /// Who executes the guest [default: kvm where a guest boots by it, else qemu]
+    #[arg(long = "type", value_name = "TYPE", value_enum)]
+    pub accelerator: Option<AcceleratorArg>,
+}
+
+impl GuestArgs {
+    /// Whether any of them was given.
+    pub fn any(&self) -> bool {
+        let Self { kernel, ramdisk, append, memory, vcpus, network, console_log, accelerator } = self;
+        kernel.is_some()
+            || ramdisk.is_some()
+            || append.is_some()
+            || memory.is_some()
+            || vcpus.is_some()
+            || network.is_some()
+            || console_log.is_some()
+            || accelerator.is_some()
+    }
+}
+
+/// [`Accelerator`] as an argument.
+#[derive(Clone, Copy, Debug, ValueEnum)]
+pub enum AcceleratorArg {
+    /// The processor, by KVM.
+    Kvm,
+    /// QEMU's translator.
+    Qemu,
+}
+
+impl From<AcceleratorArg> for Accelerator {
+    fn from(argument: AcceleratorArg) -> Self {
+        match argument {
+            AcceleratorArg::Kvm => Self::Kvm,
+            AcceleratorArg::Qemu => Self::Qemu,
+        }
+    }
+}
+
+fn disk_size(text: &str) -> Result<u64> {
+    let size = parse_size(text)?;
+    check_disk_bytes(size)?;
+    Ok(size)
+}
+
+fn block_size(text: &str) -> Result<u32> {
+    let size = parse_size(text)?;
+    let size = u32::try_from(size).unwrap_or(u32::MAX);
+    check_block_bytes(size)?;
+    Ok(size)
+}
+
+fn memory_size(text: &str) -> Result<u64> {
+    const MIN: u64 = 16 << 20;
+    const MAX: u64 = 16 << 40;
+    match parse_size(text)? {
+        size @ MIN..=MAX => Ok(size),
+        size => Err(Error::new(
+            ErrorKind::Invalid,
+            format!("memory of {size} bytes: must be at least 16M and at most 16T"),
+        )),
+    }
+}
+
+fn vcpus(text: &str) -> Result<u32> {
+    count("virtual processors", text, 1024)
+}
+
+fn seconds(text: &str) -> Result<u64> {
+    count("seconds", text, 86_400).map(u64::from)
+}
+
+fn count(what: &str, text: &str, max: u32) -> Result<u32> {
+    match text.parse() {
+        Ok(number) if (1..=max).contains(&number) => Ok(number),
+        _ => Err(Error::new(
+            ErrorKind::Invalid,
+            format!("{what} {text:?}: must be a whole number from 1 to {max}"),
+        )),
+    }
+}
+
+fn map_target(text: &str) -> Result<MapTarget> {
+    let (instance, disk) = match text.split_once('/') {
+        Some((instance, disk)) => (instance, disk.parse()?),
+        None => (text, DiskName::Root),
+    };
+    Ok(MapTarget { instance: instance.parse()?, disk })
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory as _;
+
+    use super::*;
+
+    #[test]
+    fn the_command_line_is_consistent() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn a_map_target_is_an_instance_or_one_of_its_disks() {
+        let disk_of = |text: &str| map_target(text).map(|target| target.disk).ok();
+        assert_eq!(disk_of("web-1"), Some(DiskName::Root));
+        assert_eq!(disk_of("web-1/disk"), Some(DiskName::Root));
+        assert_eq!(disk_of("web-1/disk.local"), Some(DiskName::Local));
+        for bad in ["", "/disk", "web-1/", "web-1/disk/", "web-1/kernel", "../web-1"] {
+            assert!(map_target(bad).is_err(), "{bad:?}");
+        }
+    }
+}

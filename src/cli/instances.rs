@@ -1,0 +1,141 @@
+//! `cowdisk instance …`.
+
+use serde::Serialize;
+
+use super::Session;
+use super::args::{CreateArgs, Form, InstanceCommand};
+use super::images::sized;
+use crate::error::Result;
+use crate::store::{Instance, InstanceSpec, ObjectName, Store};
+use crate::units::HumanBytes;
+
+/// An instance as `--json` shows it. Sizes are bytes.
+#[derive(Debug, Serialize)]
+struct InstanceView {
+    name: ObjectName,
+    image: ObjectName,
+    flavor: Option<ObjectName>,
+    cow: bool,
+    kernel: Option<String>,
+    ramdisk: Option<String>,
+    created: String,
+    disks: Vec<DiskView>,
+}
+
+/// A disk as `--json` shows it. Sizes are bytes.
+#[derive(Debug, Serialize)]
+struct DiskView {
+    name: String,
+    size: u64,
+    /// What its data and its map take of the host's disk.
+    allocated: u64,
+    map_allocated: u64,
+    block_size: Option<u32>,
+    base: Option<String>,
+}
+
+/// Does what `command` says.
+pub(super) fn run(session: &mut Session, command: InstanceCommand) -> Result<()> {
+    let store = session.open_store()?;
+    match command {
+        InstanceCommand::Create(args) => create(session, &store, args),
+        InstanceCommand::List(form) => list(session, &store, form),
+        InstanceCommand::Show { name, form } => {
+            let view = InstanceView::of(&store, &store.instance(&name)?)?;
+            if form.json { session.output.json(&view) } else { view.show(session) }
+        }
+        InstanceCommand::Remove { name } => {
+            store.remove_instance(&name)?;
+            session.done(&format!("instance {name}: removed"))
+        }
+    }
+}
+
+fn create(session: &mut Session, store: &Store, args: CreateArgs) -> Result<()> {
+    let CreateArgs { name, image, flavor, root_size, local_size, block_size, no_cow } = args;
+    let spec = InstanceSpec { image, flavor, root_size, local_size, block_bytes: block_size, no_cow };
+    let instance = store.create_instance(&name, &spec, &session.progress()?)?;
+    let disks: Vec<String> =
+        instance.disks().map(|(name, disk)| format!("{name} of {}", HumanBytes(disk.size))).collect();
+    session.done(&format!("instance {name}: created, {}", disks.join(", ")))
+}
+
+fn list(session: &mut Session, store: &Store, form: Form) -> Result<()> {
+    let instances = store.instances()?;
+    let views = instances.iter().map(|found| InstanceView::of(store, found)).collect::<Result<Vec<_>>>()?;
+    if form.json {
+        return session.output.json(&views);
+    }
+    let rows: Vec<Vec<String>> = views.iter().map(InstanceView::row).collect();
+    let header = ["NAME", "IMAGE", "FLAVOR", "DISK", "DISK.LOCAL", "TAKES", "CREATED"];
+    session.output.table(&header, &[3, 4, 5], &rows)
+}
+
+impl InstanceView {
+    fn of(store: &Store, instance: &Instance) -> Result<Self> {
+        let disks = instance.disks().map(|(name, disk)| {
+            let status = store.disk_status(&instance.name, name)?;
+            Ok(DiskView {
+                name: name.to_string(),
+                size: status.size,
+                allocated: status.data_allocated + status.map_allocated,
+                map_allocated: status.map_allocated,
+                block_size: disk.block_bytes,
+                base: disk.base.map(|base| base.to_string()),
+            })
+        });
+        Ok(Self {
+            name: instance.name.clone(),
+            image: instance.image.clone(),
+            flavor: instance.flavor.clone(),
+            cow: instance.cow,
+            kernel: instance.kernel.map(|id| id.to_string()),
+            ramdisk: instance.ramdisk.map(|id| id.to_string()),
+            created: instance.created.to_string(),
+            disks: disks.collect::<Result<Vec<_>>>()?,
+        })
+    }
+
+    fn row(&self) -> Vec<String> {
+        let size = |name: &str| {
+            let disk = self.disks.iter().find(|disk| disk.name == name);
+            disk.map_or_else(|| "-".to_owned(), |disk| HumanBytes(disk.size).to_string())
+        };
+        vec![
+            self.name.to_string(),
+            self.image.to_string(),
+            self.flavor.as_ref().map_or_else(|| "-".to_owned(), ToString::to_string),
+            size("disk"),
+            size("disk.local"),
+            HumanBytes(self.disks.iter().map(|disk| disk.allocated).sum()).to_string(),
+            self.created.clone(),
+        ]
+    }
+
+    fn show(&self, session: &mut Session) -> Result<()> {
+        let or_none = |id: Option<String>| id.unwrap_or_else(|| "-".to_owned());
+        let mut properties = vec![
+            ("name", self.name.to_string()),
+            ("image", self.image.to_string()),
+            ("flavor", or_none(self.flavor.as_ref().map(ToString::to_string))),
+            ("kernel", or_none(self.kernel.clone())),
+            ("ramdisk", or_none(self.ramdisk.clone())),
+            ("created", self.created.clone()),
+        ];
+        for disk in &self.disks {
+            let kind = match disk.block_size {
+                Some(block) => format!("overlay in blocks of {}", HumanBytes(block.into())),
+                None => "independent file".to_owned(),
+            };
+            let base = disk.base.as_deref().unwrap_or("blank");
+            properties.extend([
+                ("disk", disk.name.clone()),
+                ("  size", sized(disk.size)),
+                ("  takes", sized(disk.allocated)),
+                ("  kind", kind),
+                ("  base", base.to_owned()),
+            ]);
+        }
+        session.output.properties(&properties)
+    }
+}

@@ -1,0 +1,79 @@
+//! The process that serves a mounted store: starting it, its background work, signals, and taking the mount away.
+//!
+//! One daemon serves one store; the store's lock sees to that. `cowdisk mount` [spawns](spawn) it and returns when it
+//! serves; `cowdisk mount -f` [runs](run) it in place. It ends when its mount is [taken away](unmount), by us or by
+//! umount(8), or when a signal asks it to and nobody uses the mount. Its end closes every disk; what could not be made
+//! durable it leaves behind as its last words, for whoever took the mount away.
+
+mod background;
+mod farewell;
+mod holders;
+mod mountpoint;
+mod mounts;
+mod options;
+mod readiness;
+mod serve;
+mod signals;
+mod unmount;
+
+use std::path::Path;
+
+pub use holders::{Holder, holders};
+pub use mounts::{MountEntry, mounts};
+pub use options::{FLUSH_SECONDS, FLUSH_SECONDS_MAX, MountOptions, THREADS_MAX};
+pub use readiness::SpawnRequest;
+pub use serve::serve;
+pub use unmount::unmount;
+
+use readiness::Readiness;
+
+use crate::error::Result;
+use crate::store::Store;
+
+/// File name of a daemon's log, in the run directory, unless an option names another.
+const LOG: &str = "daemon.log";
+
+/// Mounts the store in the background: starts this program again as `PROGRAM --store STORE mount -f -o OPTIONS --
+/// MOUNTPOINT` and returns once files can be read. The daemon's stderr goes to `options.log`, or to a file in the run
+/// directory.
+///
+/// # Errors
+/// The daemon's own.
+pub fn spawn(store: &Path, mountpoint: &Path, options: &MountOptions) -> Result<()> {
+    spawn_program(&readiness::own_program()?, store, mountpoint, options)
+}
+
+/// [`spawn`] with another program, which must understand the same command line.
+///
+/// # Errors
+/// Those of [`spawn`].
+pub fn spawn_program(program: &Path, store: &Path, mountpoint: &Path, options: &MountOptions) -> Result<()> {
+    let dir = mounts::absolute(store)?;
+    let store = Store::open(&dir)?;
+    let mountpoint = std::path::absolute(mountpoint).unwrap_or_else(|_| mountpoint.to_owned());
+    let log = match &options.log {
+        Some(log) => log.clone(),
+        None => store.run_dir()?.join(LOG),
+    };
+    readiness::start(&SpawnRequest { program, store: &dir, mountpoint: &mountpoint, options, log: &log })
+}
+
+/// Mounts the store in `store` and serves it in this process, as [`serve`] does. If this process was started by
+/// [`spawn`], whoever waits there is told when it serves, or why not.
+///
+/// # Errors
+/// Those of [`Store::open`] and [`serve`].
+pub fn run(store: &Path, mountpoint: &Path, options: &MountOptions, on_ready: impl FnOnce()) -> Result<()> {
+    let readiness = Readiness::from_environment();
+    readiness.detach();
+    let result = Store::open(store).and_then(|store| {
+        serve(store, mountpoint, options, || {
+            readiness.ready();
+            on_ready();
+        })
+    });
+    if let Err(error) = &result {
+        readiness.failed(error);
+    }
+    result
+}

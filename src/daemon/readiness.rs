@@ -1,0 +1,210 @@
+//! How a daemon in the background tells the command that started it that it serves, or why not.
+//!
+//! The command starts its own program again with stdout as a pipe and [`VARIABLE`] set, and reads one line of JSON from
+//! it. The daemon writes that line when the first file can be read or when it has failed, then lets go of the terminal.
+//! No descriptor is passed by number and nothing is forked by hand.
+
+use std::io::{Read, Write};
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+
+use serde::{Deserialize, Serialize};
+
+use super::options::MountOptions;
+use crate::error::{Context, Error, ErrorKind, Result};
+
+/// Set to 1 in the environment of a daemon whose stdout is the pipe to the command that started it.
+const VARIABLE: &str = "COWDISK_READY_ON_STDOUT";
+
+/// Longest line that is read from a daemon, in bytes.
+const LINE_BYTES_MAX: u64 = 64 << 10;
+
+/// A daemon to be started in the background.
+#[derive(Clone, Debug)]
+pub struct SpawnRequest<'a> {
+    /// The program; it is called as `PROGRAM --store STORE mount -f -o OPTIONS MOUNTPOINT`.
+    pub program: &'a Path,
+    /// The directory of the store.
+    pub store: &'a Path,
+    /// Where to mount it.
+    pub mountpoint: &'a Path,
+    /// How.
+    pub options: &'a MountOptions,
+    /// Takes whatever the daemon writes to its stderr.
+    pub log: &'a Path,
+}
+
+/// What a daemon writes to the pipe.
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+enum Word {
+    Ready,
+    Failed { kind: String, message: String, hint: Option<String> },
+}
+
+/// Starts the daemon and waits until it serves.
+///
+/// # Errors
+/// The daemon's own error, with its kind and hint; or that it ended without a word, naming its log.
+pub(super) fn start(request: &SpawnRequest<'_>) -> Result<()> {
+    let what = || format!("start the daemon {}", request.program.display());
+    let log = open_log(request.log)?;
+    let mut child = Command::new(request.program)
+        .arg("--store")
+        .arg(request.store)
+        .args(["mount", "-f", "-o"])
+        .arg(request.options.to_string())
+        .arg("--")
+        .arg(request.mountpoint)
+        .env(VARIABLE, "1")
+        .current_dir("/")
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::from(log))
+        .spawn()
+        .context(what)?;
+    let mut line = String::new();
+    if let Some(stdout) = child.stdout.take() {
+        // The daemon closes its end after the line, so this does not wait for more.
+        stdout.take(LINE_BYTES_MAX).read_to_string(&mut line).context(what)?;
+    }
+    match serde_json::from_str(line.trim()) {
+        Ok(Word::Ready) => Ok(()),
+        Ok(Word::Failed { kind, message, hint }) => {
+            let _ = child.wait();
+            let error = Error::new(kind_named(&kind), message);
+            Err(if let Some(hint) = hint { error.with_hint(hint) } else { error })
+        }
+        Err(_) => {
+            let status = child.wait().context(what)?;
+            Err(Error::new(ErrorKind::Io, format!("the daemon ended before it served ({status})"))
+                .with_hint(format!("its messages are in {}", request.log.display())))
+        }
+    }
+}
+
+/// Largest log that is continued; a larger one is begun anew, so that it cannot fill a tmpfs over the years.
+const LOG_BYTES_MAX: u64 = 1 << 20;
+
+fn open_log(path: &Path) -> Result<std::fs::File> {
+    let what = || format!("open the log {}", path.display());
+    let file = std::fs::File::options().create(true).append(true).open(path).context(what)?;
+    if file.metadata().context(what)?.len() > LOG_BYTES_MAX {
+        file.set_len(0).context(what)?;
+    }
+    Ok(file)
+}
+
+/// The way back to whoever started this process.
+#[derive(Debug)]
+pub struct Readiness {
+    pipe: bool,
+}
+
+impl Readiness {
+    /// Finds out how this process was started.
+    pub fn from_environment() -> Self {
+        Self { pipe: std::env::var_os(VARIABLE).is_some_and(|value| value == "1") }
+    }
+
+    /// Leaves the session of the terminal, so that neither its Ctrl-C nor its end reaches the daemon.
+    pub(super) fn detach(&self) {
+        if self.pipe {
+            // Fails only for the leader of a process group, whom no terminal signals by accident.
+            let _ = rustix::process::setsid();
+        }
+    }
+
+    /// Says that files can be read.
+    pub fn ready(&self) {
+        self.say(&Word::Ready);
+    }
+
+    /// Says why not.
+    pub fn failed(&self, error: &Error) {
+        self.say(&Word::Failed {
+            kind: format!("{:?}", error.kind()),
+            message: error.to_string(),
+            hint: error.hint().map(str::to_owned),
+        });
+    }
+
+    fn say(&self, word: &Word) {
+        if !self.pipe {
+            return;
+        }
+        let mut line = serde_json::to_string(word).expect("a word is plain text");
+        line.push('\n');
+        // If nobody listens any more, nobody misses it.
+        let mut stdout = std::io::stdout();
+        let _ = stdout.write_all(line.as_bytes()).and_then(|()| stdout.flush());
+        if let Ok(null) = std::fs::File::options().write(true).open("/dev/null") {
+            let _ = rustix::stdio::dup2_stdout(null);
+        }
+    }
+}
+
+fn kind_named(name: &str) -> ErrorKind {
+    const KINDS: [ErrorKind; 12] = [
+        ErrorKind::Invalid,
+        ErrorKind::NotFound,
+        ErrorKind::Exists,
+        ErrorKind::Busy,
+        ErrorKind::NoSpace,
+        ErrorKind::OutOfRange,
+        ErrorKind::ReadOnly,
+        ErrorKind::Denied,
+        ErrorKind::Corrupt,
+        ErrorKind::Unsupported,
+        ErrorKind::Interrupted,
+        ErrorKind::Io,
+    ];
+    KINDS.into_iter().find(|kind| format!("{kind:?}") == name).unwrap_or(ErrorKind::Io)
+}
+
+/// The program that runs now, for starting it again.
+///
+/// # Errors
+/// If `/proc` is not there.
+pub(super) fn own_program() -> Result<PathBuf> {
+    std::env::current_exe().context(|| "find this program")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn words_come_back_as_they_were() {
+        let error = Error::new(ErrorKind::Busy, "store /x: served already").with_hint("unmount it first");
+        let word = Word::Failed {
+            kind: format!("{:?}", error.kind()),
+            message: error.to_string(),
+            hint: error.hint().map(str::to_owned),
+        };
+        let line = serde_json::to_string(&word).unwrap();
+        let Word::Failed { kind, message, hint } = serde_json::from_str(&line).unwrap() else {
+            panic!("another word: {line}");
+        };
+        assert_eq!(kind_named(&kind), ErrorKind::Busy);
+        assert_eq!(message, "store /x: served already");
+        assert_eq!(hint.as_deref(), Some("unmount it first"));
+        assert!(matches!(serde_json::from_str("\"ready\""), Ok(Word::Ready)));
+    }
+
+    #[test]
+    fn a_program_that_ends_without_a_word_is_an_error_that_names_the_log() {
+        let folder = tempfile::tempdir().unwrap();
+        let log = folder.path().join("log");
+        let request = SpawnRequest {
+            program: Path::new("/bin/false"),
+            store: Path::new("/nowhere"),
+            mountpoint: Path::new("/nowhere"),
+            options: &MountOptions::default(),
+            log: &log,
+        };
+        let error = start(&request).unwrap_err();
+        assert!(error.to_string().contains("ended before it served"), "{error}");
+        assert!(error.hint().unwrap().contains(log.to_str().unwrap()));
+    }
+}

@@ -1,0 +1,345 @@
+//! The mounted tree in plain types: names, inodes, attributes, and the operations on them.
+//!
+//! ```text
+//! /images/NAME                              an image, read-only
+//! /boot/ID                                  a kernel or a ramdisk by content, read-only
+//! /instances/NAME/disk, disk.local          the disks
+//! /instances/NAME/kernel, ramdisk           links to /boot/ID
+//! ```
+//!
+//! A transport calls [`Fs`] from as many threads as it likes. What the tree holds is read from the store at each call, so
+//! whatever a command changes there is seen at once. Reading and writing an open file takes no lock that two files share;
+//! nothing but the kernel's own checks of modes keeps anybody out.
+
+mod attributes;
+mod errno;
+mod handles;
+mod inodes;
+mod metadata;
+mod open_disks;
+mod open_file;
+mod tree;
+
+use std::ffi::OsStr;
+use std::sync::Arc;
+
+use parking_lot::Mutex;
+
+pub use attributes::{AttributeChanges, Attributes, FileKind, MODE_BITS, SetTime};
+pub use errno::{Errno, Failure, Outcome};
+pub use handles::HandleId;
+pub use open_file::{OpenMode, WriteMode};
+pub use tree::Entry;
+
+use handles::Handles;
+use inodes::Inodes;
+use open_disks::OpenDisks;
+use open_file::OpenFile;
+use tree::Tree;
+
+use crate::error::{Context, Error, Result};
+use crate::store::Store;
+
+/// What `statfs` shows: the host's filesystem under the store.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Statistics {
+    /// Bytes of a block; the unit of the counts of blocks.
+    pub block_bytes: u32,
+    /// Blocks in all.
+    pub blocks: u64,
+    /// Blocks that are free.
+    pub blocks_free: u64,
+    /// Blocks that others than root may still take.
+    pub blocks_available: u64,
+    /// Inodes in all.
+    pub files: u64,
+    /// Inodes that are free.
+    pub files_free: u64,
+    /// Longest name in this tree, in bytes.
+    pub name_bytes_max: u32,
+}
+
+/// The filesystem over one store.
+#[derive(Debug)]
+pub struct Fs {
+    tree: Tree,
+    inodes: Inodes,
+    handles: Handles<OpenFile>,
+    disks: OpenDisks,
+    /// Guards the records of owners, modes and extended attributes from reading one to writing it back.
+    records: Mutex<()>,
+}
+
+/// Tells [`Fs::read_directory`] about an entry and the offset after it; says whether it did *not* fit any more.
+pub type EntrySink<'a> = dyn FnMut(&NumberedEntry, u64) -> bool + 'a;
+
+/// Tells [`Fs::read_directory_with_attributes`] about a name, its attributes and the offset after it; says whether it
+/// did *not* fit any more.
+pub type AttributesSink<'a> = dyn FnMut(&str, &Attributes, u64) -> bool + 'a;
+
+/// An entry of a directory as `readdir` shows it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct NumberedEntry {
+    /// Inode number.
+    pub ino: u64,
+    /// Kind of the file.
+    pub kind: FileKind,
+    /// Its name.
+    pub name: String,
+}
+
+impl Fs {
+    /// The filesystem over `store`, with no file open.
+    ///
+    /// # Errors
+    /// If the store's folder cannot be looked at.
+    pub fn new(store: Store) -> Result<Self> {
+        Ok(Self {
+            tree: Tree::new(store)?,
+            inodes: Inodes::default(),
+            handles: Handles::new(),
+            disks: OpenDisks::default(),
+            records: Mutex::new(()),
+        })
+    }
+
+    /// The file `name` in the directory `parent`. The caller is told its inode number and will [forget](Self::forget)
+    /// it once for each call.
+    ///
+    /// # Errors
+    /// [`Errno::NO_ENTRY`] if there is none.
+    pub fn lookup(&self, parent: u64, name: &OsStr) -> Outcome<Attributes> {
+        let parent = self.inodes.node(parent)?;
+        let name = name.to_str().ok_or(Errno::NO_ENTRY)?;
+        let node = self.tree.find(&parent, name)?;
+        let mut attributes = self.tree.attributes(&node, &self.disks)?;
+        attributes.ino = self.inodes.remember(&node);
+        Ok(attributes)
+    }
+
+    /// The caller forgets `lookups` of the times that it was told an inode number.
+    pub fn forget(&self, ino: u64, lookups: u64) {
+        self.inodes.forget(ino, lookups);
+    }
+
+    /// What `stat` shows of a file.
+    ///
+    /// # Errors
+    /// [`Errno::STALE`] if it has been removed.
+    pub fn attributes(&self, ino: u64) -> Outcome<Attributes> {
+        let node = self.inodes.node(ino)?;
+        let attributes = self.tree.attributes(&node, &self.disks)?;
+        Ok(Attributes { ino, ..attributes })
+    }
+
+    /// Where a symbolic link leads.
+    ///
+    /// # Errors
+    /// [`Errno::INVALID`] if it is none.
+    pub fn link_target(&self, ino: u64) -> Outcome<String> {
+        self.tree.link_target(&self.inodes.node(ino)?)
+    }
+
+    /// Opens a file. A disk that nobody has open is opened for service first, which may take as long as the host's disk
+    /// takes to recover it.
+    ///
+    /// # Errors
+    /// [`Errno::READ_ONLY`] for writing to an image, a kernel or a ramdisk; [`Errno::NOT_PERMITTED`] for cutting a disk
+    /// off; those of opening a disk.
+    pub fn open(&self, ino: u64, mode: OpenMode) -> Outcome<HandleId> {
+        let node = self.inodes.node(ino)?;
+        let file = OpenFile::open(&self.tree, &self.disks, &node, mode)?;
+        self.insert(file)
+    }
+
+    /// Opens a directory for reading its entries.
+    ///
+    /// # Errors
+    /// [`Errno::NOT_DIRECTORY`] if it is none.
+    pub fn open_directory(&self, ino: u64) -> Outcome<HandleId> {
+        let node = self.inodes.node(ino)?;
+        let entries = self.tree.entries(&node)?;
+        self.insert(OpenFile::Directory { node, entries: Mutex::new(Arc::new(entries)) })
+    }
+
+    fn insert(&self, file: OpenFile) -> Outcome<HandleId> {
+        self.handles.insert(file).map_err(|(file, failure)| {
+            if let Err(error) = self.close_file(file) {
+                log::error!("{error}");
+            }
+            failure
+        })
+    }
+
+    /// Closes an open file or directory. The last handle of a disk closes the disk, which takes as long as making it
+    /// durable.
+    ///
+    /// # Errors
+    /// Those of closing the disk; it is closed all the same.
+    pub fn close(&self, handle: HandleId) -> Outcome<()> {
+        let file = self.handles.remove(handle).ok_or(Errno::BAD_HANDLE)?;
+        Ok(self.close_file(file)?)
+    }
+
+    fn close_file(&self, file: OpenFile) -> Result<()> {
+        match file {
+            OpenFile::Disk(disk) => self.disks.release(disk),
+            OpenFile::Fixed { .. } | OpenFile::Directory { .. } => Ok(()),
+        }
+    }
+
+    /// Tells `sink` the entries of an open directory from `offset` on, until it says that one does not fit. Offset 0
+    /// reads the directory anew.
+    ///
+    /// # Errors
+    /// [`Errno::NOT_DIRECTORY`] if the handle is another file's.
+    pub fn read_directory(&self, handle: HandleId, offset: u64, sink: &mut EntrySink<'_>) -> Outcome<()> {
+        for (entry, next) in self.entries_from(handle, offset)?.iter_from(offset) {
+            let ino = self.inodes.show(&entry.node);
+            let shown = NumberedEntry { ino, kind: entry.node.kind(), name: entry.name.clone() };
+            if sink(&shown, next) {
+                break;
+            }
+        }
+        Ok(())
+    }
+
+    /// Like [`Fs::read_directory`], with attributes. The caller is told the inode number of each entry that fits, but of
+    /// `.` and `..`, as by [`Fs::lookup`].
+    ///
+    /// # Errors
+    /// Those of [`Fs::read_directory`].
+    pub fn read_directory_with_attributes(
+        &self,
+        handle: HandleId,
+        offset: u64,
+        sink: &mut AttributesSink<'_>,
+    ) -> Outcome<()> {
+        for (entry, next) in self.entries_from(handle, offset)?.iter_from(offset) {
+            let attributes = match self.tree.attributes(&entry.node, &self.disks) {
+                Ok(attributes) => attributes,
+                // What was removed since the directory was read is passed over.
+                Err(failure) if failure.errno() == Errno::STALE => continue,
+                // What cannot be looked at is shown all the same, and fails when it is looked up by name.
+                Err(_) => self.tree.unknown(&entry.node),
+            };
+            let told = !matches!(entry.name.as_str(), "." | "..");
+            let ino = if told { self.inodes.remember(&entry.node) } else { self.inodes.show(&entry.node) };
+            if sink(&entry.name, &Attributes { ino, ..attributes }, next) {
+                if told {
+                    self.inodes.forget(ino, 1);
+                }
+                break;
+            }
+        }
+        Ok(())
+    }
+
+    fn entries_from(&self, handle: HandleId, offset: u64) -> Outcome<Listing> {
+        let file = self.handles.get(handle)?;
+        let OpenFile::Directory { node, entries } = &*file else { return Err(Errno::NOT_DIRECTORY.into()) };
+        let mut entries = entries.lock();
+        if offset == 0 {
+            *entries = Arc::new(self.tree.entries(node)?);
+        }
+        Ok(Listing(Arc::clone(&entries)))
+    }
+
+    /// Fills the beginning of `buf` with what lies at byte `offset`; returns how many bytes, fewer than asked only at
+    /// the end of the file. `direct` says that the file was opened with O_DIRECT, which must be aligned to 512 bytes.
+    ///
+    /// # Errors
+    /// [`Errno::INVALID`] if `direct` and not aligned; those of the disk.
+    pub fn read(&self, handle: HandleId, offset: u64, buf: &mut [u8], direct: bool) -> Outcome<usize> {
+        self.handles.get(handle)?.read(offset, buf, direct)
+    }
+
+    /// Writes all of `data` at byte `offset`.
+    ///
+    /// # Errors
+    /// [`Errno::TOO_BIG`] if it reaches beyond the end of the disk (nothing is written then); [`Errno::INVALID`] if
+    /// `direct` and not aligned; those of the disk.
+    pub fn write(&self, handle: HandleId, offset: u64, data: &[u8], mode: WriteMode) -> Outcome<()> {
+        self.handles.get(handle)?.write(offset, data, mode)
+    }
+
+    /// Makes every completed write to the file durable.
+    ///
+    /// # Errors
+    /// Those of the disk.
+    pub fn sync(&self, handle: HandleId) -> Outcome<()> {
+        self.handles.get(handle)?.sync()
+    }
+
+    /// `fallocate`: punching a hole and zeroing a range make zeroes and return space; plain allocation reserves space.
+    ///
+    /// # Errors
+    /// [`Errno::TOO_BIG`] if the range reaches beyond the end of the disk (nothing is changed then);
+    /// [`Errno::NOT_SUPPORTED`] for another mode; those of the disk.
+    pub fn allocate(&self, handle: HandleId, mode: i32, offset: u64, len: u64) -> Outcome<()> {
+        self.handles.get(handle)?.allocate(mode, offset, len)
+    }
+
+    /// `lseek` with SEEK_DATA or SEEK_HOLE.
+    ///
+    /// # Errors
+    /// [`Errno::NO_SUCH_OFFSET`] at or past the end, or if only a hole follows; [`Errno::INVALID`] for another whence.
+    pub fn seek(&self, handle: HandleId, offset: i64, whence: i32) -> Outcome<i64> {
+        self.handles.get(handle)?.seek(offset, whence)
+    }
+
+    /// `ioctl`: answers the one by which QEMU asks for the alignment of direct I/O.
+    ///
+    /// # Errors
+    /// [`Errno::NO_CONTROL`] for any other.
+    pub fn control(&self, handle: HandleId, command: u32) -> Outcome<Vec<u8>> {
+        self.handles.get(handle)?.control(command)
+    }
+
+    /// The host's filesystem under the store.
+    ///
+    /// # Errors
+    /// Those of the host.
+    pub fn statistics(&self) -> Outcome<Statistics> {
+        let stat = rustix::fs::statvfs(self.tree.store().dir()).context(|| "statfs of the store")?;
+        Ok(Statistics {
+            block_bytes: u32::try_from(stat.f_frsize).unwrap_or(4096),
+            blocks: stat.f_blocks,
+            blocks_free: stat.f_bfree,
+            blocks_available: stat.f_bavail,
+            files: stat.f_files,
+            files_free: stat.f_ffree,
+            name_bytes_max: 255,
+        })
+    }
+
+    /// How many files and directories are open.
+    pub fn open_files(&self) -> usize {
+        self.handles.count()
+    }
+
+    /// Flushes every disk that was written since its last flush; returns what went wrong.
+    pub fn flush_dirty(&self) -> Vec<Error> {
+        self.disks.flush_dirty()
+    }
+
+    /// Does the housekeeping of every disk that asks for it; returns what went wrong.
+    pub fn checkpoint_due(&self) -> Vec<Error> {
+        self.disks.checkpoint_due()
+    }
+
+    /// Closes every file that is still open, for the end; returns what went wrong.
+    pub fn close_all(&self) -> Vec<Error> {
+        self.handles.drain().into_iter().filter_map(|file| self.close_file(file).err()).collect()
+    }
+}
+
+/// The entries of a directory as they were read.
+struct Listing(Arc<Vec<Entry>>);
+
+impl Listing {
+    /// The entries from `offset` on, each with the offset after it.
+    fn iter_from(&self, offset: u64) -> impl Iterator<Item = (&Entry, u64)> {
+        self.0.iter().zip(1u64..).skip(usize::try_from(offset).unwrap_or(usize::MAX))
+    }
+}

@@ -1,0 +1,221 @@
+//! Disks in use: opened with the first handle, shared by all handles, closed after the last.
+//!
+//! Opening and closing take as long as the host's disk takes, and no lock is held meanwhile: only who wants the very
+//! disk that is being opened or closed waits for it.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use parking_lot::{Condvar, Mutex};
+
+use crate::error::{Context, Error, ErrorKind, Result};
+use crate::format::LayerId;
+use crate::store::{Disk, DiskName, ObjectName};
+
+/// What tells one disk from all others, past ones included.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub struct DiskKey {
+    /// The instance.
+    pub instance: ObjectName,
+    /// Which of its disks.
+    pub disk: DiskName,
+    /// The instance's id.
+    pub id: LayerId,
+}
+
+impl std::fmt::Display for DiskKey {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{}/{}", self.instance, self.disk)
+    }
+}
+
+/// A disk in use.
+#[derive(Debug)]
+pub struct OpenDisk {
+    key: DiskKey,
+    disk: Disk,
+    /// Whether something was written since the last flush began. Relaxed: it only decides whether the background
+    /// flush has something to do, the disk itself orders writes and flushes.
+    dirty: AtomicBool,
+}
+
+impl OpenDisk {
+    /// The disk, to read from.
+    pub fn disk(&self) -> &Disk {
+        &self.disk
+    }
+
+    /// The disk, to change.
+    pub fn disk_to_change(&self) -> &Disk {
+        // Looked at first: a store to a line that every writer shares costs more than a load.
+        if !self.dirty.load(Ordering::Relaxed) {
+            self.dirty.store(true, Ordering::Relaxed);
+        }
+        &self.disk
+    }
+
+    /// Makes all completed writes durable.
+    ///
+    /// # Errors
+    /// Those of the disk; it then refuses writes until it is opened again.
+    pub fn flush(&self) -> Result<()> {
+        self.dirty.store(false, Ordering::Relaxed);
+        self.disk.flush().inspect_err(|error| {
+            // A failed sync stays failed until the disk is opened again; only for want of room is it worth another try.
+            if error.kind() == ErrorKind::NoSpace {
+                self.dirty.store(true, Ordering::Relaxed);
+            }
+        })
+    }
+
+    fn flush_if_dirty(&self) -> Result<()> {
+        if self.dirty.load(Ordering::Relaxed) { self.flush() } else { Ok(()) }
+    }
+
+    fn checkpoint_if_due(&self) -> Result<()> {
+        if self.disk.checkpoint_due() { self.disk.checkpoint() } else { Ok(()) }
+    }
+}
+
+#[derive(Debug)]
+enum State {
+    /// Some thread opens it.
+    Opening,
+    Open {
+        disk: Arc<OpenDisk>,
+        /// Handles that share it, at least 1.
+        handles: usize,
+    },
+    /// The last handle is gone; some thread closes it.
+    Closing,
+}
+
+/// All disks in use.
+#[derive(Debug, Default)]
+pub struct OpenDisks {
+    /// Guards which disks are open and how many handles each has. Never held while a disk is read, written, opened or
+    /// closed.
+    states: Mutex<HashMap<DiskKey, State>>,
+    /// A disk was opened or closed.
+    changed: Condvar,
+}
+
+impl OpenDisks {
+    /// The disk of `key` for one more handle; opens it with `open` if it is not open. Waits while another thread opens
+    /// or closes it.
+    ///
+    /// # Errors
+    /// Those of `open`.
+    pub fn acquire(&self, key: &DiskKey, open: impl FnOnce() -> Result<Disk>) -> Result<Arc<OpenDisk>> {
+        let mut states = self.states.lock();
+        loop {
+            match states.get_mut(key) {
+                Some(State::Open { disk, handles }) => {
+                    *handles += 1;
+                    return Ok(Arc::clone(disk));
+                }
+                Some(State::Opening | State::Closing) => self.changed.wait(&mut states),
+                None => break,
+            }
+        }
+        states.insert(key.clone(), State::Opening);
+        drop(states);
+        let opened = open();
+        let mut states = self.states.lock();
+        let result = match opened {
+            Ok(disk) => {
+                let disk = Arc::new(OpenDisk { key: key.clone(), disk, dirty: AtomicBool::new(false) });
+                states.insert(key.clone(), State::Open { disk: Arc::clone(&disk), handles: 1 });
+                Ok(disk)
+            }
+            Err(error) => {
+                states.remove(key);
+                Err(error)
+            }
+        };
+        drop(states);
+        self.changed.notify_all();
+        result
+    }
+
+    /// Calls `look` with the disk of `key` if it is open.
+    pub fn look<R>(&self, key: &DiskKey, look: impl FnOnce(&OpenDisk) -> R) -> Option<R> {
+        let disk = match self.states.lock().get(key) {
+            Some(State::Open { disk, .. }) => Arc::clone(disk),
+            Some(State::Opening | State::Closing) | None => return None,
+        };
+        let result = look(&disk);
+        if let Err(error) = self.put(disk) {
+            log::error!("{error}");
+        }
+        Some(result)
+    }
+
+    /// Gives up one handle. The last one closes the disk, which takes as long as making it durable.
+    ///
+    /// # Errors
+    /// Those of closing it. It is closed all the same.
+    pub fn release(&self, disk: Arc<OpenDisk>) -> Result<()> {
+        let mut states = self.states.lock();
+        let Some(state) = states.get_mut(&disk.key) else {
+            return self.put(disk);
+        };
+        let shared = match state {
+            State::Open { handles, .. } if *handles > 1 => {
+                *handles -= 1;
+                None
+            }
+            State::Open { .. } => match std::mem::replace(state, State::Closing) {
+                State::Open { disk, .. } => Some(disk),
+                State::Opening | State::Closing => None,
+            },
+            State::Opening | State::Closing => None,
+        };
+        drop(states);
+        if let Some(shared) = shared {
+            // Not the last: the caller's is still there.
+            drop(shared);
+        }
+        self.put(disk)
+    }
+
+    /// Lets go of a disk: whoever is the last to do so closes it.
+    fn put(&self, disk: Arc<OpenDisk>) -> Result<()> {
+        let Some(last) = Arc::into_inner(disk) else { return Ok(()) };
+        let key = last.key;
+        let result = last.disk.close().context(|| format!("close {key}"));
+        self.states.lock().remove(&key);
+        self.changed.notify_all();
+        result
+    }
+
+    /// Calls `work` for every open disk, one after another; returns what went wrong.
+    fn for_each(&self, work: impl Fn(&OpenDisk) -> Result<()>) -> Vec<Error> {
+        let disks: Vec<_> = self
+            .states
+            .lock()
+            .values()
+            .filter_map(|state| match state {
+                State::Open { disk, .. } => Some(Arc::clone(disk)),
+                State::Opening | State::Closing => None,
+            })
+            .collect();
+        let mut errors = Vec::new();
+        for disk in disks {
+            errors.extend(work(&disk).context(|| format!("{}", disk.key)).err());
+            errors.extend(self.put(disk).err());
+        }
+        errors
+    }
+
+    /// Flushes every disk that was written since its last flush.
+    pub fn flush_dirty(&self) -> Vec<Error> {
+        self.for_each(OpenDisk::flush_if_dirty)
+    }
+
+    /// Does the housekeeping of every disk that asks for it.
+    pub fn checkpoint_due(&self) -> Vec<Error> {
+        self.for_each(OpenDisk::checkpoint_if_due)
+    }
+}

@@ -1,0 +1,211 @@
+//! What can be done with an open file.
+
+use std::fs::File;
+use std::os::unix::fs::FileExt;
+use std::sync::Arc;
+
+use parking_lot::Mutex;
+use rustix::fs::SeekFrom;
+
+use super::errno::{Errno, Outcome};
+use super::inodes::Node;
+use super::open_disks::{OpenDisk, OpenDisks};
+use super::tree::{Entry, Tree};
+use crate::error::Context;
+use crate::units::SECTOR_BYTES;
+
+/// `XFS_IOC_DIOINFO`, by which QEMU asks any filesystem for the alignment of direct I/O.
+const DIOINFO: u32 = 0x800C_581E;
+
+/// Largest direct request that [`DIOINFO`] tells of, in bytes: the largest multiple of a page that fits its 32 bits.
+const DIRECT_BYTES_MAX: u32 = 0x7fff_f000;
+
+/// How a file is opened.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct OpenMode {
+    /// For writing, perhaps also for reading.
+    pub write: bool,
+    /// With O_TRUNC.
+    pub truncate: bool,
+}
+
+/// How data is written.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct WriteMode {
+    /// The file was opened with O_DIRECT.
+    pub direct: bool,
+    /// The data must be durable when the write returns: O_DSYNC, O_SYNC or RWF_DSYNC.
+    pub durable: bool,
+}
+
+/// An open file or directory.
+#[derive(Debug)]
+pub enum OpenFile {
+    /// A disk, shared with its other handles.
+    Disk(Arc<OpenDisk>),
+    /// An image, a kernel or a ramdisk, whose content never changes.
+    Fixed {
+        /// The store's file.
+        file: File,
+        /// Its bytes.
+        size: u64,
+    },
+    /// A directory.
+    Directory {
+        /// Which.
+        node: Node,
+        /// Its entries when it was last read from the beginning; the mutex guards which listing that is.
+        entries: Mutex<Arc<Vec<Entry>>>,
+    },
+}
+
+impl OpenFile {
+    /// Opens the file of `node`.
+    pub fn open(tree: &Tree, disks: &OpenDisks, node: &Node, mode: OpenMode) -> Outcome<Self> {
+        match node {
+            Node::Disk { .. } if mode.truncate => Err(Errno::NOT_PERMITTED.into()),
+            Node::Disk { .. } => {
+                let key = tree.disk_key(node)?;
+                Ok(Self::Disk(disks.acquire(&key, || tree.open_disk(&key))?))
+            }
+            Node::Image { .. } | Node::BootFile(_) if mode.write || mode.truncate => {
+                Err(Errno::READ_ONLY.into())
+            }
+            Node::Image { .. } | Node::BootFile(_) => {
+                let file = tree.open_fixed(node)?;
+                let size = file.metadata().context(|| "look at an image")?.len();
+                Ok(Self::Fixed { file, size })
+            }
+            Node::Link { .. } => Err(Errno::INVALID.into()),
+            Node::Root | Node::Images | Node::Boot | Node::Instances | Node::Instance { .. } => {
+                Err(Errno::IS_DIRECTORY.into())
+            }
+        }
+    }
+
+    fn size(&self) -> Outcome<u64> {
+        match self {
+            Self::Disk(disk) => Ok(disk.disk().size()),
+            Self::Fixed { size, .. } => Ok(*size),
+            Self::Directory { .. } => Err(Errno::IS_DIRECTORY.into()),
+        }
+    }
+
+    /// The disk, if it is one that `offset..offset + len` lies on.
+    fn disk_in_range(&self, offset: u64, len: u64) -> Outcome<&OpenDisk> {
+        match self {
+            Self::Disk(disk) => match offset.checked_add(len) {
+                Some(end) if end <= disk.disk().size() => Ok(disk),
+                _ => Err(Errno::TOO_BIG.into()),
+            },
+            Self::Fixed { .. } => Err(Errno::READ_ONLY.into()),
+            Self::Directory { .. } => Err(Errno::IS_DIRECTORY.into()),
+        }
+    }
+
+    /// See [`super::Fs::read`].
+    pub fn read(&self, offset: u64, buf: &mut [u8], direct: bool) -> Outcome<usize> {
+        check_alignment(direct, offset, buf.len() as u64)?;
+        let left = self.size()?.saturating_sub(offset);
+        let len = usize::try_from(left).map_or(buf.len(), |left| left.min(buf.len()));
+        let buf = &mut buf[..len];
+        match self {
+            _ if buf.is_empty() => {}
+            Self::Disk(disk) => disk.disk().read_at(offset, buf)?,
+            Self::Fixed { file, .. } => file.read_exact_at(buf, offset).context(|| "read an image")?,
+            Self::Directory { .. } => return Err(Errno::IS_DIRECTORY.into()),
+        }
+        Ok(len)
+    }
+
+    /// See [`super::Fs::write`].
+    pub fn write(&self, offset: u64, data: &[u8], mode: WriteMode) -> Outcome<()> {
+        check_alignment(mode.direct, offset, data.len() as u64)?;
+        let disk = self.disk_in_range(offset, data.len() as u64)?;
+        disk.disk_to_change().write_at(offset, data)?;
+        if mode.durable {
+            disk.flush()?;
+        }
+        Ok(())
+    }
+
+    /// See [`super::Fs::sync`].
+    pub fn sync(&self) -> Outcome<()> {
+        match self {
+            Self::Disk(disk) => Ok(disk.flush()?),
+            Self::Fixed { .. } | Self::Directory { .. } => Ok(()),
+        }
+    }
+
+    /// See [`super::Fs::allocate`].
+    pub fn allocate(&self, mode: i32, offset: u64, len: u64) -> Outcome<()> {
+        const PUNCH: i32 = libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE;
+        const ZERO: i32 = libc::FALLOC_FL_ZERO_RANGE;
+        const ZERO_KEEP: i32 = libc::FALLOC_FL_ZERO_RANGE | libc::FALLOC_FL_KEEP_SIZE;
+        const KEEP: i32 = libc::FALLOC_FL_KEEP_SIZE;
+        match mode {
+            PUNCH | ZERO | ZERO_KEEP => {
+                self.disk_in_range(offset, len)?.disk_to_change().zero(offset, len)?;
+            }
+            0 | KEEP => self.disk_in_range(offset, len)?.disk_to_change().preallocate(offset, len)?,
+            _ => return Err(Errno::NOT_SUPPORTED.into()),
+        }
+        Ok(())
+    }
+
+    /// See [`super::Fs::seek`].
+    pub fn seek(&self, offset: i64, whence: i32) -> Outcome<i64> {
+        let size = self.size()?;
+        let from = u64::try_from(offset).ok().filter(|from| *from < size).ok_or(Errno::NO_SUCH_OFFSET)?;
+        let found = match whence {
+            libc::SEEK_DATA => self.next_data(from)?.filter(|at| *at < size).ok_or(Errno::NO_SUCH_OFFSET)?,
+            libc::SEEK_HOLE => self.next_hole(from)?.min(size),
+            _ => return Err(Errno::INVALID.into()),
+        };
+        i64::try_from(found).map_err(|_| Errno::INVALID.into())
+    }
+
+    fn next_data(&self, from: u64) -> Outcome<Option<u64>> {
+        match self {
+            Self::Disk(disk) => Ok(disk.disk().next_data(from)?),
+            Self::Fixed { file, .. } => match rustix::fs::seek(file, SeekFrom::Data(from)) {
+                Ok(at) => Ok(Some(at)),
+                Err(rustix::io::Errno::NXIO) => Ok(None),
+                Err(errno) => Err(crate::Error::io("seek in an image", errno.into()).into()),
+            },
+            Self::Directory { .. } => Err(Errno::IS_DIRECTORY.into()),
+        }
+    }
+
+    fn next_hole(&self, from: u64) -> Outcome<u64> {
+        match self {
+            Self::Disk(disk) => Ok(disk.disk().next_hole(from)?),
+            Self::Fixed { file, .. } => {
+                Ok(rustix::fs::seek(file, SeekFrom::Hole(from)).context(|| "seek in an image")?)
+            }
+            Self::Directory { .. } => Err(Errno::IS_DIRECTORY.into()),
+        }
+    }
+
+    /// See [`super::Fs::control`].
+    pub fn control(&self, command: u32) -> Outcome<Vec<u8>> {
+        match (self, command) {
+            (Self::Disk(_) | Self::Fixed { .. }, DIOINFO) => {
+                let sector = u32::try_from(SECTOR_BYTES).expect("512 fits");
+                // struct dioattr: alignment in memory, smallest and largest request, in the host's byte order.
+                let answer = [sector, sector, DIRECT_BYTES_MAX];
+                Ok(answer.into_iter().flat_map(u32::to_ne_bytes).collect())
+            }
+            _ => Err(Errno::NO_CONTROL.into()),
+        }
+    }
+}
+
+/// Direct I/O must be aligned to sectors. This is also how QEMU learns that a disk has sectors of 512 bytes: it tries to
+/// read a single byte, and would take larger sectors if that succeeded.
+fn check_alignment(direct: bool, offset: u64, len: u64) -> Outcome<()> {
+    if direct && !(offset | len).is_multiple_of(SECTOR_BYTES) {
+        return Err(Errno::INVALID.into());
+    }
+    Ok(())
+}

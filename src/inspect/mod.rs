@@ -1,0 +1,3 @@
+//! Looking into disks: which bytes come from where.
+
+pub mod map;

@@ -1,12 +1,13 @@
 //! `cowdisk libvirt …`.
 
+use std::path::PathBuf;
 use std::time::Duration;
 
 use super::Session;
 use super::args::{GuestArgs, LibvirtArgs, LibvirtCommand};
 use crate::error::{Context as _, Error, ErrorKind, Result};
 use crate::libvirt::domain::{Domain, GuestDisk};
-use crate::libvirt::guest::{GuestOptions, MountedInstance};
+use crate::libvirt::guest::{Guest, GuestOptions, MountedInstance};
 use crate::libvirt::kvm;
 use crate::libvirt::virsh::Virsh;
 use crate::store::{ObjectName, Store};
@@ -35,8 +36,7 @@ pub(super) fn run(session: &mut Session, args: LibvirtArgs) -> Result<()> {
                 .done(&format!("instance {instance}: started, {kind}; its console: virsh console {instance}"))
         }
         LibvirtCommand::Stop { instance, timeout, force } => {
-            let mounted = mounted(&store, &instance)?;
-            mounted
+            guest(&store, &instance)?
                 .stop(&virsh, force, Duration::from_secs(timeout))
                 .context(|| format!("stop instance {instance}"))?;
             session.done(&format!("instance {instance}: stopped"))
@@ -47,8 +47,7 @@ pub(super) fn run(session: &mut Session, args: LibvirtArgs) -> Result<()> {
             session.done(&format!("domain {domain}: instance {instance} attached as {}", targets.join(", ")))
         }
         LibvirtCommand::Detach { domain, instance, timeout } => {
-            let mounted = mounted(&store, &instance)?;
-            let targets = mounted.detach(&virsh, &domain, Duration::from_secs(timeout))?;
+            let targets = guest(&store, &instance)?.detach(&virsh, &domain, Duration::from_secs(timeout))?;
             session
                 .done(&format!("domain {domain}: instance {instance} detached from {}", targets.join(", ")))
         }
@@ -75,16 +74,27 @@ fn xml(
     Ok(())
 }
 
+/// Where the store is mounted.
+fn mountpoint(store: &Store) -> Result<Option<PathBuf>> {
+    let server = store.serving()?.filter(|server| !server.mountpoint.as_os_str().is_empty());
+    Ok(server.map(|server| server.mountpoint))
+}
+
 /// The instance as the mount shows it.
 fn mounted(store: &Store, instance: &ObjectName) -> Result<MountedInstance> {
     store.instance(instance)?;
-    let server = store.serving()?.filter(|server| !server.mountpoint.as_os_str().is_empty());
-    let Some(server) = server else {
+    let mountpoint = mountpoint(store)?.ok_or_else(|| {
         let dir = store.dir().display();
-        return Err(Error::new(ErrorKind::NotFound, format!("store {dir}: not mounted"))
-            .with_hint(format!("mount it: cowdisk --store {dir} mount MNT")));
-    };
-    MountedInstance::find(&server.mountpoint, instance.as_str())
+        Error::new(ErrorKind::NotFound, format!("store {dir}: not mounted"))
+            .with_hint(format!("mount it: cowdisk --store {dir} mount MNT"))
+    })?;
+    MountedInstance::find(&mountpoint, instance.as_str())
+}
+
+/// The instance as domains may have it, even when the mount is gone.
+fn guest(store: &Store, instance: &ObjectName) -> Result<Guest> {
+    store.instance(instance)?;
+    Ok(Guest::new(instance.as_str(), mountpoint(store)?.as_deref()))
 }
 
 fn domain(store: &Store, instance: &ObjectName, guest: GuestArgs) -> Result<Domain> {

@@ -198,11 +198,14 @@ impl Domain {
 
     fn devices(&self) -> Result<Element> {
         let disks = self.disks.iter().map(GuestDisk::to_element).collect::<Result<Vec<_>>>()?;
-        // libvirt makes a port for each device it knows and one spare; a controller without an index is one more.
-        let ports = vec![
-            Element::new("controller").with("type", "pci").with("model", "pcie-root-port");
-            self.disks.len() + FIXED_DEVICES + SPARE_PORTS
-        ];
+        let root =
+            Element::new("controller").with("type", "pci").with("index", "0").with("model", "pcie-root");
+        let ports = (1..=self.disks.len() + FIXED_DEVICES + SPARE_PORTS).map(|index| {
+            Element::new("controller")
+                .with("type", "pci")
+                .with("index", index.to_string())
+                .with("model", "pcie-root-port")
+        });
         let mut console = Element::new("serial").with("type", "pty");
         if let Some(log) = &self.console_log {
             console = console.child(Element::new("log").with("file", utf8(log)?).with("append", "off"));
@@ -214,6 +217,7 @@ impl Domain {
                 .child(Element::new("model").with("type", "virtio"))
         });
         Ok(Element::new("devices")
+            .child(root)
             .children(ports)
             .child(Element::new("controller").with("type", "usb").with("model", "none"))
             .children(disks)

@@ -15,10 +15,17 @@ const DEFAULT_APPEND: &str = "root=/dev/vda rw console=ttyS0";
 /// How often libvirt is asked whether something has happened.
 const POLL_INTERVAL: Duration = Duration::from_millis(200);
 
+/// An instance whose disks domains may have, whether it can be seen in a mount or not.
+#[derive(Clone, Debug)]
+pub struct Guest {
+    name: String,
+    mountpoint: Option<PathBuf>,
+}
+
 /// The disks and boot files of an instance, as a mount shows them.
 #[derive(Clone, Debug)]
 pub struct MountedInstance {
-    name: String,
+    guest: Guest,
     folder: PathBuf,
     disks: Vec<(Role, PathBuf)>,
 }
@@ -59,7 +66,7 @@ impl MountedInstance {
         if disks.is_empty() {
             return Err(Error::new(ErrorKind::NotFound, format!("{}: not in the mount", folder.display())));
         }
-        Ok(Self { name: name.to_owned(), folder, disks })
+        Ok(Self { guest: Guest::new(name, Some(mountpoint)), folder, disks })
     }
 
     /// Its disks in its own domain: `vda`, and `vdb` where it has a local disk.
@@ -79,7 +86,7 @@ impl MountedInstance {
     /// or ramdisk that is not there.
     pub fn domain(&self, options: &GuestOptions, accelerator: Accelerator) -> Result<Domain> {
         Ok(Domain {
-            name: self.name.clone(),
+            name: self.guest.name.clone(),
             accelerator,
             memory_bytes: options.memory_bytes,
             vcpus: options.vcpus,
@@ -103,7 +110,7 @@ impl MountedInstance {
             }
             None if options.ramdisk.is_some() || options.append.is_some() => Err(Error::new(
                 ErrorKind::Invalid,
-                format!("instance {}: a ramdisk or command line needs a kernel", self.name),
+                format!("instance {}: a ramdisk or command line needs a kernel", self.guest.name),
             )
             .with_hint("give --kernel, or import the image with its kernel")),
             None => Ok(None),
@@ -125,16 +132,17 @@ impl MountedInstance {
     /// [`ErrorKind::Exists`] if the domain has one of them already; what libvirt says.
     pub fn attach(&self, virsh: &Virsh, domain: &str) -> Result<Vec<GuestDisk>> {
         let live = virsh.dump(domain)?;
-        if let Some(target) = self.targets_in(&live).first() {
+        if let Some(target) = self.guest.targets_in(&live).first() {
             return Err(Error::new(
                 ErrorKind::Exists,
-                format!("instance {}: attached to domain {domain} already, as {target}", self.name),
+                format!("instance {}: attached to domain {domain} already, as {target}", self.guest.name),
             ));
         }
         let targets = free_targets(&targets(&live), self.disks.len());
         let mut attached = Vec::new();
         for ((role, path), target) in self.disks.iter().zip(targets) {
-            let disk = GuestDisk { path: path.clone(), target, serial: role.foreign_serial(&self.name) };
+            let disk =
+                GuestDisk { path: path.clone(), target, serial: role.foreign_serial(&self.guest.name) };
             if let Err(error) = virsh.attach(domain, &disk.to_element()?.to_xml()?) {
                 for disk in attached.iter().map(|disk: &GuestDisk| &disk.target) {
                     if let Err(error) = virsh.detach(domain, disk) {
@@ -147,6 +155,13 @@ impl MountedInstance {
             attached.push(disk);
         }
         Ok(attached)
+    }
+}
+
+impl Guest {
+    /// The instance `name` of the store that is, or last was, mounted at `mountpoint`; `None` if that is not known.
+    pub fn new(name: &str, mountpoint: Option<&Path>) -> Self {
+        Self { name: name.to_owned(), mountpoint: mountpoint.map(Path::to_owned) }
     }
 
     /// Unplugs the disks from a running domain and waits until the guest has let go of them; returns their names.
@@ -225,9 +240,20 @@ impl MountedInstance {
     fn targets_in(&self, domain: &Element) -> Vec<String> {
         let ours = |disk: &&Element| {
             let file = disk.find("source").and_then(|source| source.attribute("file"));
-            file.is_some_and(|file| self.disks.iter().any(|(_, path)| path.as_os_str() == file))
+            file.is_some_and(|file| self.owns(Path::new(file)))
         };
         disks(domain).filter(ours).filter_map(target).collect()
+    }
+
+    /// Whether a file is a disk of this instance; without a known mountpoint any file that is named like one is.
+    fn owns(&self, file: &Path) -> bool {
+        ["disk", "disk.local"].iter().any(|disk| {
+            let path = Path::new("instances").join(&self.name).join(disk);
+            match &self.mountpoint {
+                Some(mountpoint) => file == mountpoint.join(path),
+                None => file.ends_with(path),
+            }
+        })
     }
 }
 
@@ -321,7 +347,10 @@ mod tests {
             folder.path().display()
         );
         let domain = Element::parse(&xml).unwrap();
-        assert_eq!(instance.targets_in(&domain), ["vdc"]);
+        assert_eq!(instance.guest.targets_in(&domain), ["vdc"]);
+        assert_eq!(Guest::new("web-1", None).targets_in(&domain), ["vdc"]);
+        assert!(Guest::new("web-1", Some(Path::new("/elsewhere"))).targets_in(&domain).is_empty());
+        assert!(Guest::new("eb-1", None).targets_in(&domain).is_empty());
         assert_eq!(targets(&domain), ["vda", "vdc", "sda"]);
     }
 }

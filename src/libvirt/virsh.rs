@@ -123,13 +123,16 @@ impl Virsh {
         if status.success() {
             return Ok(stdout);
         }
-        Err(failure(command, status, &stderr))
+        Err(failure(arguments, status, &stderr))
     }
 }
 
+/// Before a domain's name.
+const DOMAIN: &str = "--domain=";
+
 /// A domain's name as one argument, even if it begins with a dash.
 fn domain_argument(domain: &str) -> String {
-    format!("--domain={domain}")
+    format!("{DOMAIN}{domain}")
 }
 
 /// Runs a process to its end or to the time limit; returns its status and what it printed.
@@ -181,7 +184,8 @@ fn wait(child: &mut Child) -> Result<ExitStatus> {
 }
 
 /// The error for a failed call: virsh's last line, which names the cause, without what is only framing.
-fn failure(command: &str, status: ExitStatus, stderr: &str) -> Error {
+fn failure(arguments: &[&str], status: ExitStatus, stderr: &str) -> Error {
+    let command = arguments.first().copied().unwrap_or_default();
     let lines: Vec<&str> = stderr.lines().filter_map(|line| line.strip_prefix("error: ")).collect();
     let last = stderr.lines().map(str::trim).rfind(|line| !line.is_empty());
     let cause = match lines.last().copied().or(last) {
@@ -191,9 +195,12 @@ fn failure(command: &str, status: ExitStatus, stderr: &str) -> Error {
         None => status.to_string(),
     };
     let all = lines.join("\n");
-    let kind = if all.contains("failed to get domain") || all.contains("Domain not found") {
-        ErrorKind::NotFound
-    } else if all.contains("already exists") || all.contains("already active") {
+    if all.contains("failed to get domain") || all.contains("Domain not found") {
+        let domain = arguments.iter().find_map(|argument| argument.strip_prefix(DOMAIN)).unwrap_or("?");
+        return Error::new(ErrorKind::NotFound, format!("domain {domain}: not found"))
+            .with_hint("see what there is: virsh list --all");
+    }
+    let kind = if all.contains("already exists") || all.contains("already active") {
         ErrorKind::Exists
     } else if all.contains("get \"write\" lock") {
         ErrorKind::Busy
@@ -214,7 +221,7 @@ mod tests {
     use super::*;
 
     fn failure_of(stderr: &str) -> Error {
-        failure("create", ExitStatus::from_raw(256), stderr)
+        failure(&["create", "--domain=web-1"], ExitStatus::from_raw(256), stderr)
     }
 
     #[test]
@@ -233,7 +240,11 @@ mod tests {
 
     #[test]
     fn a_missing_domain_is_not_found() {
-        assert_eq!(failure_of("error: failed to get domain 'x'\n").kind(), ErrorKind::NotFound);
+        let error = failure_of("error: failed to get domain 'web-1'\n");
+        assert_eq!(
+            (error.kind(), error.to_string().as_str()),
+            (ErrorKind::NotFound, "domain web-1: not found")
+        );
     }
 
     #[test]

@@ -32,6 +32,8 @@ struct BaseRecord {
     /// Inode number of `base.raw`; another one only says that the store was copied.
     inode: u64,
     created: Timestamp,
+    /// Whether `verify` has found other bytes than the name says.
+    damaged: bool,
 }
 
 /// A base being made: its folder in `tmp/`, and its file.
@@ -63,8 +65,7 @@ impl<'a> BaseDraft<'a> {
         let shown = || format!("finish {}", self.folder().path_of(layout::BASE_RAW).display());
         rustix::fs::fchmod(&self.file, Mode::from_raw_mode(MODE_READ_ONLY)).context(shown)?;
         self.file.sync_all().context(shown)?;
-        let record = BaseRecord { created: Timestamp::now(), ..fingerprint(&self.file)? };
-        record::write_into_draft(self.folder(), layout::BASE_RECORD, &record)
+        record::write_into_draft(self.folder(), layout::BASE_RECORD, &fingerprint(&self.file)?)
     }
 }
 
@@ -72,14 +73,22 @@ impl<'a> BaseDraft<'a> {
 fn fingerprint(file: &File) -> Result<BaseRecord> {
     let metadata = file.metadata().context(|| "look up a base")?;
     let mtime_ns = i128::from(metadata.mtime()) * 1_000_000_000 + i128::from(metadata.mtime_nsec());
-    Ok(BaseRecord { size: metadata.len(), mtime_ns, inode: metadata.ino(), created: Timestamp::now() })
+    let created = Timestamp::now();
+    Ok(BaseRecord { size: metadata.len(), mtime_ns, inode: metadata.ino(), created, damaged: false })
 }
 
 impl Store {
-    /// Gives a sealed draft its place, unless a base of the same content is there already; then the draft vanishes.
-    pub(super) fn publish_base(&self, draft: BaseDraft<'_>, id: &BaseId, _lock: &StoreLock) -> Result<()> {
+    /// Gives a sealed draft its place, unless a base of the same content is there already; then the draft vanishes. One
+    /// that is there but damaged is replaced.
+    pub(super) fn publish_base(&self, draft: BaseDraft<'_>, id: &BaseId, lock: &StoreLock) -> Result<()> {
+        match self.open_base(id) {
+            Ok(_) => return Ok(()),
+            Err(error) if error.kind() == ErrorKind::NotFound => {}
+            Err(error) if error.kind() == ErrorKind::Corrupt => log::warn!("replacing it: {error}"),
+            Err(error) => return Err(error),
+        }
         if self.bases.has(&id.to_string())? {
-            return Ok(());
+            self.remove_base(id, lock)?;
         }
         draft.folder.commit(&self.bases, &id.to_string())
     }
@@ -96,11 +105,14 @@ impl Store {
             format!("base {id}: {} bytes, but {} when it was stored", found.size, record.size)
         } else if found.mtime_ns != record.mtime_ns {
             format!("base {id}: modified since it was stored")
+        } else if record.damaged {
+            format!("base {id}: its bytes are not those that were stored")
         } else {
             return Ok(file);
         };
-        Err(Error::new(ErrorKind::Corrupt, message)
-            .with_hint("find out what changed it: cowdisk image verify, or cowdisk flavor show"))
+        Err(Error::new(ErrorKind::Corrupt, message).with_hint(
+            "cowdisk image verify tells whether its bytes are right; importing them again repairs it",
+        ))
     }
 
     fn open_base_unchecked(&self, id: &BaseId) -> Result<(File, BaseRecord)> {
@@ -108,13 +120,21 @@ impl Store {
             ErrorKind::NotFound => Error::new(ErrorKind::NotFound, format!("base {id}: not found")),
             _ => error,
         })?;
-        let file = folder.open_file(layout::BASE_RAW, Access::Read)?;
+        // The folder appeared whole, so a file that is missing was taken away.
+        let whole = |error: Error| match error.kind() {
+            ErrorKind::NotFound => Error::caused(ErrorKind::Corrupt, format!("base {id}: incomplete"), error),
+            _ => error,
+        };
+        let file = folder.open_file(layout::BASE_RAW, Access::Read).map_err(whole)?;
         if !try_lock(&file, Share::Shared).context(|| format!("lock base {id}"))? {
             return Err(Error::new(ErrorKind::Busy, format!("base {id}: being removed")));
         }
-        let record: BaseRecord = record::read(&folder, layout::BASE_RECORD, RECORD_BYTES_MAX)?;
-        check_disk_bytes(record.size)
-            .context(|| folder.path_of(layout::BASE_RECORD).display().to_string())?;
+        let record: BaseRecord =
+            record::read(&folder, layout::BASE_RECORD, RECORD_BYTES_MAX).map_err(whole)?;
+        if check_disk_bytes(record.size).is_err() {
+            let path = folder.path_of(layout::BASE_RECORD);
+            return Err(Error::new(ErrorKind::Corrupt, format!("{}: not a valid record", path.display())));
+        }
         Ok((file, record))
     }
 
@@ -141,20 +161,25 @@ impl Store {
             copy::hash(&file, found.size, &work)?
         };
         if hash != id.0 {
+            self.rewrite_record(id, &BaseRecord { damaged: true, ..record })?;
             let message = format!("base {id}: its bytes have changed, their hash is now {}", BaseId(hash));
             return Err(Error::new(ErrorKind::Corrupt, message)
-                .with_hint("overlays over it are damaged: bring the base back from where it came from"));
+                .with_hint("no overlay over it opens any more; importing the same image again repairs it"));
         }
-        if (found.mtime_ns, found.inode) != (record.mtime_ns, record.inode) {
-            log::info!("base {id}: unchanged, but with another modification time or inode number");
-            let folder = self.bases.open_dir(&id.to_string())?;
-            let bytes = record::encode(&BaseRecord { created: record.created, ..found })?;
-            atomic::replace_file(&self.tmp, &folder, layout::BASE_RECORD, &bytes)?;
+        let good = BaseRecord { created: record.created, ..found };
+        if good != record {
+            log::info!("base {id}: whole, but with another modification time or inode number");
+            self.rewrite_record(id, &good)?;
         }
         Ok(())
     }
 
-    /// Fails if somebody reads the base; else nobody can until the returned file is closed. `None`: there is none.
+    fn rewrite_record(&self, id: &BaseId, record: &BaseRecord) -> Result<()> {
+        let folder = self.bases.open_dir(&id.to_string())?;
+        atomic::replace_file(&self.tmp, &folder, layout::BASE_RECORD, &record::encode(record)?)
+    }
+
+    /// Fails if somebody reads the base; else nobody can until the returned file is closed. `None`: it has no file.
     pub(super) fn hold_base(&self, id: &BaseId) -> Result<Option<File>> {
         let file = match self.bases.open_dir(&id.to_string()) {
             Ok(folder) => match folder.open_file(layout::BASE_RAW, Access::Read) {
@@ -172,14 +197,15 @@ impl Store {
 
     /// Removes a base that nothing refers to and nobody reads.
     pub(super) fn remove_base(&self, id: &BaseId, lock: &StoreLock) -> Result<()> {
-        match self.hold_base(id)? {
-            Some(held) => self.remove_held_base(id, held, lock),
-            None => Ok(()),
-        }
+        let held = self.hold_base(id)?;
+        self.remove_held_base(id, held, lock)
     }
 
     /// Removes a base that nothing refers to and that the caller holds.
-    pub(super) fn remove_held_base(&self, id: &BaseId, held: File, _lock: &StoreLock) -> Result<()> {
+    pub(super) fn remove_held_base(&self, id: &BaseId, held: Option<File>, _lock: &StoreLock) -> Result<()> {
+        if !self.bases.has(&id.to_string())? {
+            return Ok(());
+        }
         let removed = Removal::begin(&self.tmp, &self.bases, &id.to_string())?.finish();
         drop(held);
         removed

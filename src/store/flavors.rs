@@ -307,7 +307,7 @@ impl Store {
                     .with_hint("remove these instances first"));
             }
             if base_goes {
-                held = self.hold_base(&base)?.map(|file| (base, file));
+                held = Some((base, self.hold_base(&base)?));
             }
         }
         let removal = Removal::begin(&self.tmp, &self.flavors, &layout::record_file(name))?;

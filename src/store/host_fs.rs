@@ -13,15 +13,23 @@ const PROBE_BYTES: u64 = 128 << 10;
 /// The end of the probe's sparse file.
 const PROBE_END: u64 = 64 << 30;
 
-/// Makes a sparse file in `tmp`, punches a hole into it and looks whether it is one.
+/// Begins the name of the file with which a filesystem is tried.
+const PROBE: &str = "probe";
+
+/// Whether a file is what a crash left of [`check`].
+pub(super) fn is_probe(name: &str) -> bool {
+    name.strip_prefix(PROBE).is_some_and(|rest| rest.starts_with('-'))
+}
+
+/// Makes a sparse file in `folder`, punches a hole into it and looks whether it is one.
 ///
 /// # Errors
 /// [`ErrorKind::Unsupported`], with the name of the filesystem.
-pub(super) fn check(tmp: &Dir) -> Result<()> {
-    let probe = DraftFile::new(tmp, "probe")?;
+pub(super) fn check(folder: &Dir) -> Result<()> {
+    let probe = DraftFile::new(folder, PROBE)?;
     let file = probe.file();
     let unsupported = |what: &str| {
-        Error::new(ErrorKind::Unsupported, format!("the host filesystem ({}) has no {what}", name(tmp)))
+        Error::new(ErrorKind::Unsupported, format!("the host filesystem ({}) has no {what}", name(folder)))
             .with_hint("keep the store on ext4, XFS or btrfs")
     };
     let bytes = vec![0xa5; usize::try_from(PROBE_BYTES).unwrap_or(0)];

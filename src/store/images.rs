@@ -219,7 +219,7 @@ impl Store {
         }
         let held = if base_goes { self.hold_base(&image.base)? } else { None };
         let removal = Removal::begin(&self.tmp, &self.images, &layout::record_file(name))?;
-        if let Some(held) = held {
+        if base_goes {
             self.remove_held_base(&image.base, held, &lock)?;
         }
         for id in image.kernel.iter().chain(&image.ramdisk) {

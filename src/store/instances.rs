@@ -406,7 +406,11 @@ impl Store {
         };
         let others = match boot_files.is_empty() {
             true => None,
-            false => Some(self.references(&lock, Except::Instance(name))?),
+            // With a record that cannot be read the boot files stay; the next count finds them.
+            false => self
+                .references(&lock, Except::Instance(name))
+                .inspect_err(|error| log::warn!("keeping kernel and ramdisk: {error}"))
+                .ok(),
         };
         let removal = Removal::begin(&self.tmp, &self.instances, name.as_str())?;
         for id in &boot_files {

@@ -120,7 +120,10 @@ impl Store {
             tmp: open(layout::TMP)?,
             root,
         };
-        store.sweep()?;
+        // What cannot be swept (a read-only host filesystem, say) is in nobody's way.
+        if let Err(error) = store.sweep() {
+            log::warn!("store {shown}: cannot remove what is half-made: {error}");
+        }
         Ok(store)
     }
 

@@ -57,21 +57,23 @@ pub(super) fn read(root: &Dir) -> Result<String> {
 /// Makes a store in a folder that is absent or empty. The superblock comes last: before it there is no store.
 pub(super) fn init(path: &Path) -> Result<()> {
     let shown = || format!("make a store in {}", path.display());
-    let builder = |recursive| {
-        let mut builder = std::fs::DirBuilder::new();
-        builder.mode(0o700).recursive(recursive);
-        builder
-    };
     if let Some(parent) = path.parent().filter(|parent| !parent.as_os_str().is_empty() && !parent.exists()) {
         std::fs::DirBuilder::new().recursive(true).create(parent).context(shown)?;
     }
-    match builder(false).create(path) {
-        Ok(()) => {}
-        Err(error) if error.kind() == std::io::ErrorKind::AlreadyExists => {}
+    let made = match std::fs::DirBuilder::new().mode(0o700).create(path) {
+        Ok(()) => true,
+        Err(error) if error.kind() == std::io::ErrorKind::AlreadyExists => false,
         Err(error) => return Err(Error::io(shown(), error)),
-    }
+    };
     let root = Dir::open_path(path).context(shown)?;
     check_empty(&root)?;
+    if let Err(error) = host_fs::check(&root) {
+        if made {
+            // Of an empty folder of our own; nothing is lost if it stays.
+            let _ = std::fs::remove_dir(path);
+        }
+        return Err(error.context(shown()));
+    }
     let _lock = StoreLock::wait(&root)?;
     if root.has(layout::SUPERBLOCK)? {
         return Err(exists(&root));
@@ -82,8 +84,6 @@ pub(super) fn init(path: &Path) -> Result<()> {
             root.make_dir(folder)?;
         }
     }
-    let tmp = root.open_dir(layout::TMP)?;
-    host_fs::check(&tmp).context(shown)?;
     root.sync()?;
     let superblock = SuperblockRecord {
         magic: MAGIC.to_owned(),
@@ -91,6 +91,7 @@ pub(super) fn init(path: &Path) -> Result<()> {
         uuid: atomic::random_hex(UUID_BYTES)?,
         created: Timestamp::now(),
     };
+    let tmp = root.open_dir(layout::TMP)?;
     record::draft(&tmp, "superblock", &superblock)?.commit(&root, layout::SUPERBLOCK)?;
     sync_parent(path)
 }
@@ -101,7 +102,11 @@ fn exists(root: &Dir) -> Error {
 
 /// Refuses a folder that holds anything but what an interrupted `init` may have left.
 fn check_empty(root: &Dir) -> Result<()> {
-    let ours = |name: &str| layout::FOLDERS.contains(&name) || name == layout::LOCK || name == "lost+found";
+    let ours = |name: &str| {
+        layout::FOLDERS.contains(&name)
+            || [layout::LOCK, "lost+found"].contains(&name)
+            || host_fs::is_probe(name)
+    };
     let names = root.names()?;
     if names.iter().any(|name| name == layout::SUPERBLOCK) {
         return Err(exists(root));

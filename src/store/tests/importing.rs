@@ -1,0 +1,193 @@
+//! Images.
+
+use super::*;
+
+#[test]
+fn an_image_is_its_bytes_rounded_up_to_sectors_read_only_and_sparse() {
+    let t = empty_store();
+    let mut bytes = image_bytes();
+    bytes.push(0x33);
+    let image = t.import("debian", &bytes).unwrap();
+    bytes.resize(bytes.len().next_multiple_of(512), 0);
+    assert_eq!((image.size, image.format), (bytes.len() as u64, SourceFormat::Raw));
+    assert_eq!(image.base.0, *blake3::hash(&bytes).as_bytes());
+    assert_eq!(t.store.image(&name("debian")).unwrap(), image);
+    assert_eq!(t.store.images().unwrap(), std::slice::from_ref(&image));
+    let path = t.path(&format!("bases/{}/base.raw", image.base));
+    assert_eq!(std::fs::read(&path).unwrap(), bytes);
+    let metadata = path.metadata().unwrap();
+    assert_eq!(metadata.permissions().mode() & 0o7777, 0o400);
+    assert!(metadata.blocks() * 512 < 64 << 10);
+    t.store.verify_image(&name("debian"), &NoProgress).unwrap();
+    assert_eq!(t.names("tmp"), [""; 0]);
+}
+
+#[test]
+fn the_same_content_is_stored_once_until_its_last_name_goes() {
+    let t = empty_store();
+    let one = t.import("one", &image_bytes()).unwrap();
+    let two = t.import("two", &image_bytes()).unwrap();
+    assert_eq!(one.base, two.base);
+    assert_eq!(t.names("bases").len(), 1);
+    t.store.remove_image(&name("one")).unwrap();
+    assert_eq!(t.names("bases").len(), 1);
+    t.store.remove_image(&name("two")).unwrap();
+    assert_eq!(t.names("bases").len(), 0);
+    t.refuses(ErrorKind::NotFound, "image two", |store| store.remove_image(&name("two")));
+}
+
+#[test]
+fn kernel_and_ramdisk_are_stored_by_content_and_go_with_the_last_image() {
+    let t = empty_store();
+    let kernel = t.file("vmlinuz", b"kernel");
+    let request = |image: &[u8], ramdisk: &[u8]| ImportRequest {
+        source: t.file("source.img", image),
+        kernel: Some(kernel.clone()),
+        ramdisk: Some(t.file("initrd", ramdisk)),
+        ..ImportRequest::default()
+    };
+    let one = t.store.import_image(&name("one"), &request(b"1", b"ramdisk 1"), &NoProgress).unwrap();
+    let two = t.store.import_image(&name("two"), &request(b"2", b"ramdisk 2"), &NoProgress).unwrap();
+    assert_eq!(one.kernel, two.kernel);
+    assert_eq!(t.store.boot_files().unwrap().len(), 3);
+    let path = t.path(&format!("boot/{}", one.ramdisk.unwrap()));
+    assert_eq!(std::fs::read(&path).unwrap(), b"ramdisk 1");
+    assert_eq!(path.metadata().unwrap().permissions().mode() & 0o7777, 0o400);
+    t.store.verify_image(&name("one"), &NoProgress).unwrap();
+    let copy = InstanceSpec { no_cow: true, ..InstanceSpec::of(name("one")) };
+    let instance = t.store.create_instance(&name("copy"), &copy, &NoProgress).unwrap();
+    assert_eq!(instance.kernel, one.kernel);
+    t.store.remove_image(&name("two")).unwrap();
+    t.store.remove_image(&name("one")).unwrap();
+    assert_eq!(t.store.boot_files().unwrap().len(), 2, "the copy still boots from them");
+    t.store.remove_instance(&name("copy")).unwrap();
+    assert_eq!(t.store.boot_files().unwrap().len(), 0);
+}
+
+#[test]
+fn what_cannot_be_imported_is_refused_and_leaves_nothing() {
+    let t = empty_store();
+    t.import("taken", &image_bytes()).unwrap();
+    let import =
+        |request: ImportRequest| move |store: &Store| store.import_image(&name("new"), &request, &NoProgress);
+    let of = |source: PathBuf| ImportRequest { source, ..ImportRequest::default() };
+    let good = t.file("good", b"bytes");
+    t.refuses(ErrorKind::Exists, "exists already", |store| {
+        store.import_image(&name("taken"), &of(good.clone()), &NoProgress)
+    });
+    t.refuses(ErrorKind::NotFound, "absent", import(of(t.run.path().join("absent"))));
+    t.refuses(ErrorKind::Invalid, "directory", import(of(t.run.path().to_owned())));
+    t.refuses(ErrorKind::Invalid, "empty", import(of(t.file("empty", b""))));
+    let stated = ImportRequest { format: Some(SourceFormat::Qcow2), ..of(good.clone()) };
+    t.refuses(ErrorKind::Invalid, "said to be qcow2", import(stated));
+    let no_kernel = ImportRequest { kernel: Some("/dev/null".into()), ..of(good.clone()) };
+    t.refuses(ErrorKind::Invalid, "character device", import(no_kernel));
+    let no_ramdisk = ImportRequest { kernel: Some(good.clone()), ramdisk: Some("/".into()), ..of(good) };
+    t.refuses(ErrorKind::Invalid, "directory", import(no_ramdisk));
+    let backed = t.file(
+        "backed.qcow2",
+        &[b"QFI\xfb\0\0\0\x03\0\0\0\0\0\0\x01\0\0\0\0\x05".as_slice(), &[0; 500]].concat(),
+    );
+    t.refuses(ErrorKind::Invalid, "backing file", import(of(backed)));
+}
+
+#[test]
+fn cancelling_leaves_nothing() {
+    let t = empty_store();
+    let source = t.run.path().join("big.img");
+    File::create(&source).unwrap().set_len(1 << 40).unwrap();
+    for bytes in [0, 64 << 20] {
+        let progress = CancelAfter::new(bytes);
+        let request = ImportRequest { source: source.clone(), ..ImportRequest::default() };
+        t.refuses(ErrorKind::Interrupted, "interrupted", |store| {
+            store.import_image(&name("new"), &request, &progress)
+        });
+        assert_eq!(progress.open.load(Ordering::Relaxed), 0, "each begin has its finish");
+    }
+}
+
+#[test]
+fn other_formats_are_converted() {
+    if std::process::Command::new("qemu-img").arg("--version").output().is_err() {
+        println!("skipped: qemu-img is not installed");
+        return;
+    }
+    let t = empty_store();
+    let mut bytes = vec![0; 3 << 20];
+    bytes[1 << 20..(1 << 20) + 70_000].fill(0x77);
+    let raw = t.file("raw.img", &bytes);
+    let plain = t.import("plain", &bytes).unwrap();
+    for (format, options) in [
+        ("qcow2", "compression_type=zlib"),
+        ("qcow2", "compression_type=zstd,extended_l2=on,cluster_size=128k"),
+        ("qcow2", "compat=0.10"),
+        ("vmdk", "subformat=monolithicSparse"),
+        ("vmdk", "subformat=streamOptimized"),
+        ("vhdx", "subformat=dynamic"),
+        ("vhdx", "subformat=fixed"),
+        ("vdi", "static=off"),
+        ("vdi", "static=on"),
+    ] {
+        let source = t.run.path().join("converted");
+        let made = std::process::Command::new("qemu-img")
+            .args(["convert", "-f", "raw", "-O", format, "-o", options])
+            .args([&raw, &source])
+            .status();
+        assert!(made.unwrap().success(), "{format} {options}");
+        let request = ImportRequest { source: source.clone(), ..ImportRequest::default() };
+        let progress = CancelAfter::new(u64::MAX);
+        let image = t.store.import_image(&name("new"), &request, &progress).unwrap();
+        assert_eq!(image.format.as_str(), format);
+        assert_eq!(image.base, plain.base, "{format} {options}");
+        t.store.remove_image(&name("new")).unwrap();
+        std::fs::remove_file(source).unwrap();
+    }
+    assert_eq!(t.names("bases").len(), 1);
+}
+
+#[test]
+fn verify_names_what_has_changed() {
+    let t = empty_store();
+    let image = t.import("debian", &image_bytes()).unwrap();
+    let path = t.path(&format!("bases/{}/base.raw", image.base));
+    let verify = || t.store.verify_image(&name("debian"), &NoProgress);
+    let touched = File::open(&path).unwrap();
+    touched.set_modified(std::time::UNIX_EPOCH).unwrap();
+    assert_eq!(t.store.open_base(&image.base).unwrap_err().kind(), ErrorKind::Corrupt);
+    verify().unwrap();
+    t.store.open_base(&image.base).unwrap();
+    std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o600)).unwrap();
+    let file = File::options().write(true).open(&path).unwrap();
+    file.write_all_at(&[0xff], 70_000).unwrap();
+    let text = verify().unwrap_err().to_string();
+    assert!(text.contains("debian") && text.contains("bytes have changed"), "{text}");
+    file.set_len(4096).unwrap();
+    assert!(verify().unwrap_err().to_string().contains("4096 bytes"));
+    std::fs::remove_dir_all(path.parent().unwrap()).unwrap();
+    assert_eq!(verify().unwrap_err().kind(), ErrorKind::NotFound);
+}
+
+#[test]
+fn importing_again_repairs_a_damaged_base() {
+    let t = store_with_image();
+    let image = t.store.image(&name("debian")).unwrap();
+    let path = t.path(&format!("bases/{}/base.raw", image.base));
+    std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o600)).unwrap();
+    let file = File::options().write(true).open(&path).unwrap();
+    let modified = file.metadata().unwrap().modified().unwrap();
+    file.write_all_at(&[0xff], 70_000).unwrap();
+    file.set_modified(modified).unwrap();
+    t.store.open_base(&image.base).unwrap();
+    assert_eq!(t.store.verify_image(&name("debian"), &NoProgress).unwrap_err().kind(), ErrorKind::Corrupt);
+    let error = t.store.open_disk(&name("web-3"), DiskName::Root).unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Corrupt, "from now on nothing opens over it: {error}");
+    t.import("again", &image_bytes()).unwrap();
+    t.store.verify_image(&name("debian"), &NoProgress).unwrap();
+    t.store.open_disk(&name("web-3"), DiskName::Root).unwrap();
+    assert_eq!(t.names("bases").len(), 1);
+
+    std::fs::remove_file(path.with_file_name("base.json")).unwrap();
+    assert_eq!(t.store.open_base(&image.base).unwrap_err().kind(), ErrorKind::Corrupt);
+    t.import("once-more", &image_bytes()).unwrap();
+    t.store.verify_image(&name("debian"), &NoProgress).unwrap();
+}

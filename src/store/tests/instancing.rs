@@ -1,0 +1,210 @@
+//! Instances and their disks.
+
+use super::*;
+
+fn read(disk: &Disk, offset: u64, len: usize) -> Vec<u8> {
+    let mut bytes = vec![0xcc; len];
+    disk.read_at(offset, &mut bytes).unwrap();
+    bytes
+}
+
+#[test]
+fn an_overlay_shows_the_image_and_keeps_what_is_written() {
+    let t = store_with_image();
+    let disk = t.store.open_disk(&name("web-3"), DiskName::Root).unwrap();
+    assert_eq!(read(&disk, 0, 1 << 20), image_bytes());
+    disk.write_at(100_000, b"written").unwrap();
+    disk.grow(2 << 20).unwrap();
+    disk.flush().unwrap();
+    disk.close().unwrap();
+    let again = t.store.open_disk(&name("web-3"), DiskName::Root).unwrap();
+    assert_eq!(read(&again, 100_000, 7), b"written");
+    assert_eq!((again.size(), read(&again, (2 << 20) - 1, 1)), (2 << 20, vec![0]));
+    assert_eq!(t.store.disk_status(&name("web-3"), DiskName::Root).unwrap().size, 2 << 20);
+    let local = t.store.open_disk(&name("web-3"), DiskName::Local).unwrap();
+    assert_eq!((local.size(), read(&local, 0, 4096)), (8 << 20, vec![0; 4096]));
+    t.store.verify_image(&name("debian"), &NoProgress).unwrap();
+}
+
+#[test]
+fn what_the_last_daemon_answered_is_there_without_a_flush() {
+    let t = store_with_image();
+    let disk = t.store.open_disk(&name("web-3"), DiskName::Root).unwrap();
+    disk.write_at(0, b"answered").unwrap();
+    drop(disk);
+    let again = Store::open(t.folder.path()).unwrap().open_disk(&name("web-3"), DiskName::Root).unwrap();
+    assert_eq!(read(&again, 0, 8), b"answered");
+}
+
+#[test]
+fn an_open_disk_is_neither_opened_again_nor_removed() {
+    let t = store_with_image();
+    let disk = t.store.open_disk(&name("web-3"), DiskName::Root).unwrap();
+    t.refuses(ErrorKind::Busy, "web-3/disk", |store| store.open_disk(&name("web-3"), DiskName::Root));
+    t.refuses(ErrorKind::Busy, "web-3/disk", |store| store.remove_instance(&name("web-3")));
+    let serving = t.store.serve_lock(Path::new("/mnt/vm")).unwrap();
+    let error = t.store.remove_instance(&name("web-3")).unwrap_err();
+    assert!(error.hint().unwrap().contains("/mnt/vm"), "{error}");
+    drop((disk, serving));
+    t.store.remove_instance(&name("web-3")).unwrap();
+    assert_eq!(t.names("instances").len() + t.names("tmp").len(), 0);
+    let maps: Vec<_> = std::fs::read_dir(t.run.path().join(t.store.uuid())).unwrap().collect();
+    assert_eq!(maps.len(), 0, "its live maps are gone too");
+    t.refuses(ErrorKind::NotFound, "web-3", |store| store.remove_instance(&name("web-3")));
+}
+
+#[test]
+fn an_image_stays_while_an_overlay_needs_it() {
+    let t = store_with_image();
+    t.refuses(ErrorKind::Busy, "web-3", |store| store.remove_image(&name("debian")));
+    t.import("twin", &image_bytes()).unwrap();
+    t.refuses(ErrorKind::Busy, "web-3", |store| store.remove_image(&name("debian")));
+    t.store.remove_image(&name("twin")).unwrap();
+    t.store.remove_instance(&name("web-3")).unwrap();
+    let base = t.store.open_base(&t.store.image(&name("debian")).unwrap().base).unwrap();
+    t.refuses(ErrorKind::Busy, "open", |store| store.remove_image(&name("debian")));
+    drop(base);
+    t.store.remove_image(&name("debian")).unwrap();
+    assert_eq!(t.names("bases").len() + t.names("images").len() + t.names("tmp").len(), 0);
+}
+
+#[test]
+fn a_copy_is_independent_of_its_image() {
+    let t = empty_store();
+    t.import("debian", &image_bytes()).unwrap();
+    let spec = InstanceSpec {
+        root_size: Some(4 << 20),
+        local_size: Some(1 << 20),
+        no_cow: true,
+        ..InstanceSpec::of(name("debian"))
+    };
+    let instance = t.store.create_instance(&name("web-3"), &spec, &NoProgress).unwrap();
+    assert!(!instance.cow);
+    t.store.remove_image(&name("debian")).unwrap();
+    let disk = t.store.open_disk(&name("web-3"), DiskName::Root).unwrap();
+    assert_eq!(read(&disk, 0, 1 << 20), image_bytes());
+    assert_eq!(disk.size(), 4 << 20);
+    disk.write_at(0, b"own").unwrap();
+    t.refuses(ErrorKind::Busy, "web-3/disk", |store| store.open_disk(&name("web-3"), DiskName::Root));
+    disk.close().unwrap();
+    let map = t.store.disk_map(&name("web-3"), DiskName::Root).unwrap();
+    assert_eq!(map.extents.first().unwrap().kind, DiskExtentKind::Data);
+    assert_eq!(map.extents.last().unwrap().kind, DiskExtentKind::Zero);
+    let status = t.store.disk_status(&name("web-3"), DiskName::Root).unwrap();
+    assert!(!status.cow && status.data_allocated < 64 << 10);
+    t.store.remove_instance(&name("web-3")).unwrap();
+}
+
+#[test]
+fn what_does_not_fit_is_refused_and_leaves_nothing() {
+    let t = store_with_image();
+    let of = || InstanceSpec::of(name("debian"));
+    let refuses = |kind, reason: &str, spec: InstanceSpec| {
+        for no_cow in [false, true] {
+            let spec = InstanceSpec { no_cow, ..spec.clone() };
+            t.refuses(kind, reason, |store| store.create_instance(&name("new"), &spec, &NoProgress));
+        }
+    };
+    refuses(ErrorKind::NotFound, "image nobody", InstanceSpec::of(name("nobody")));
+    refuses(ErrorKind::NotFound, "flavor nobody", InstanceSpec { flavor: Some(name("nobody")), ..of() });
+    refuses(ErrorKind::Invalid, "smaller than image", InstanceSpec { root_size: Some(512), ..of() });
+    refuses(ErrorKind::Invalid, "multiple of 512", InstanceSpec { root_size: Some((2 << 20) + 1), ..of() });
+    refuses(ErrorKind::Invalid, "16 TiB", InstanceSpec { root_size: Some(17 << 40), ..of() });
+    refuses(ErrorKind::Invalid, "local disk", InstanceSpec { local_size: Some(0), ..of() });
+    refuses(ErrorKind::Invalid, "block size", InstanceSpec { block_bytes: Some(1000), ..of() });
+    t.refuses(ErrorKind::Exists, "exists already", |store| {
+        store.create_instance(&name("web-3"), &of(), &NoProgress)
+    });
+    let no_cow = InstanceSpec { no_cow: true, ..of() };
+    t.refuses(ErrorKind::Interrupted, "interrupted", |store| {
+        store.create_instance(&name("new"), &no_cow, &CancelAfter::new(0))
+    });
+    t.refuses(ErrorKind::NotFound, "nobody", |store| store.open_disk(&name("nobody"), DiskName::Root));
+}
+
+#[test]
+fn a_map_tells_where_each_byte_comes_from_while_the_disk_is_open() {
+    let t = store_with_image();
+    let disk = t.store.open_disk(&name("web-3"), DiskName::Root).unwrap();
+    disk.write_at(8192, &[5; 4096]).unwrap();
+    disk.zero(0, 4096).unwrap();
+    let map = t.store.disk_map(&name("web-3"), DiskName::Root).unwrap();
+    let found: Vec<_> = map.extents.iter().map(|extent| (extent.offset, extent.len, extent.kind)).collect();
+    let end = (1 << 20) - 8192;
+    assert_eq!(
+        found,
+        [
+            (0, 4096, DiskExtentKind::Zero),
+            (4096, 4096, DiskExtentKind::Base),
+            (8192, 4096, DiskExtentKind::Data),
+            (12288, end - 12288, DiskExtentKind::BaseZero),
+            (end, 8192, DiskExtentKind::Base),
+        ]
+    );
+    assert_eq!((map.size, map.block_bytes), (1 << 20, Some(4096)));
+    let local = t.store.disk_map(&name("web-3"), DiskName::Local).unwrap();
+    assert_eq!(local.extents, [DiskExtent { offset: 0, len: 8 << 20, kind: DiskExtentKind::BaseZero }]);
+}
+
+#[test]
+fn damage_to_a_record_is_told_with_the_file_and_stops_no_removal() {
+    let t = store_with_image();
+    let path = t.path("instances/web-3/instance.json");
+    let good = std::fs::read_to_string(&path).unwrap();
+    for (from, to) in [
+        ("{", ""),
+        ("debian", "../debian"),
+        ("\"cow\": true", "\"cow\": false"),
+        ("\"cow\"", "\"cow2\""),
+        ("1048576", "1048577"),
+        ("4096", "4095"),
+    ] {
+        File::create(&path).unwrap().write_all(good.replacen(from, to, 1).as_bytes()).unwrap();
+        let error = t.store.instance(&name("web-3")).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Corrupt, "{from}: {error}");
+        assert!(error.to_string().contains("instance.json"), "{error}");
+        assert_eq!(t.store.instance_names().unwrap(), [name("web-3")]);
+        assert!(t.store.remove_image(&name("debian")).is_err(), "what refers to the base is not known");
+    }
+    t.store.remove_instance(&name("web-3")).unwrap();
+    t.store.remove_image(&name("debian")).unwrap();
+}
+
+#[test]
+fn links_inside_the_store_are_not_followed() {
+    let t = store_with_image();
+    let secret = t.file("secret", &[7; 4096]);
+    for part in ["disk.map", "disk.data"] {
+        let path = t.path("instances/web-3").join(part);
+        let kept = t.path("kept");
+        std::fs::hard_link(&path, &kept).unwrap();
+        std::fs::remove_file(&path).unwrap();
+        std::os::unix::fs::symlink(&secret, &path).unwrap();
+        assert_eq!(t.store.open_disk(&name("web-3"), DiskName::Root).unwrap_err().kind(), ErrorKind::Corrupt);
+        std::fs::remove_file(&path).unwrap();
+        std::fs::hard_link(&kept, &path).unwrap();
+        std::fs::remove_file(&kept).unwrap();
+    }
+    std::os::unix::fs::symlink(t.path("instances/web-3"), t.path("instances/link")).unwrap();
+    assert!(t.store.open_disk(&name("link"), DiskName::Root).is_err());
+    assert_eq!(std::fs::read(&secret).unwrap(), [7; 4096]);
+}
+
+#[test]
+fn two_creators_of_one_name_have_one_winner() {
+    let t = store_with_image();
+    let won = AtomicU64::new(0);
+    std::thread::scope(|scope| {
+        for _ in 0..8 {
+            scope.spawn(|| {
+                let store = Store::open(t.folder.path()).unwrap();
+                match store.create_instance(&name("race"), &InstanceSpec::of(name("debian")), &NoProgress) {
+                    Ok(_) => _ = won.fetch_add(1, Ordering::Relaxed),
+                    Err(error) => assert_eq!(error.kind(), ErrorKind::Exists, "{error}"),
+                }
+            });
+        }
+    });
+    assert_eq!(won.load(Ordering::Relaxed), 1);
+    assert_eq!(t.names("tmp").len(), 0);
+}

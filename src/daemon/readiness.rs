@@ -192,18 +192,44 @@ mod tests {
         assert!(matches!(serde_json::from_str("\"ready\""), Ok(Word::Ready)));
     }
 
-    #[test]
-    fn a_program_that_ends_without_a_word_is_an_error_that_names_the_log() {
+    /// What starting a program leads to that is a shell script.
+    fn started(script: &str) -> (Result<()>, PathBuf, tempfile::TempDir) {
         let folder = tempfile::tempdir().unwrap();
-        let log = folder.path().join("log");
+        let (log, program) = (folder.path().join("log"), folder.path().join("program"));
+        let mut file = std::fs::File::create(&program).unwrap();
+        write!(file, "#!/bin/sh\n{script}\n").unwrap();
+        file.set_permissions(std::os::unix::fs::PermissionsExt::from_mode(0o755)).unwrap();
+        drop(file);
         let request = SpawnRequest {
-            program: Path::new("/bin/false"),
-            store: Path::new("/nowhere"),
-            mountpoint: Path::new("/nowhere"),
-            options: &MountOptions::default(),
+            program: &program,
+            store: Path::new("/the/store"),
+            mountpoint: Path::new("/the/mountpoint"),
+            options: &MountOptions::parse("threads=2").unwrap(),
             log: &log,
         };
-        let error = start(&request).unwrap_err();
+        (start(&request), log, folder)
+    }
+
+    #[test]
+    fn a_daemon_is_called_with_store_options_and_mountpoint_and_logs_to_its_file() {
+        let (result, log, _folder) = started("echo \"$@\" >&2; echo '\"ready\"'");
+        result.unwrap();
+        let said = std::fs::read_to_string(log).unwrap();
+        assert_eq!(said, "--store /the/store mount -f -o rw,threads=2,flush=5 -- /the/mountpoint\n");
+    }
+
+    #[test]
+    fn the_error_of_a_daemon_becomes_ours() {
+        let word = r#"{"failed":{"kind":"Busy","message":"mounted already","hint":"unmount it"}}"#;
+        let error = started(&format!("echo '{word}'; exit 1")).0.unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Busy);
+        assert_eq!((error.to_string().as_str(), error.hint()), ("mounted already", Some("unmount it")));
+    }
+
+    #[test]
+    fn a_daemon_that_ends_without_a_word_is_an_error_that_names_the_log() {
+        let (result, log, _folder) = started("exit 3");
+        let error = result.unwrap_err();
         assert!(error.to_string().contains("ended before it served"), "{error}");
         assert!(error.hint().unwrap().contains(log.to_str().unwrap()));
     }

@@ -132,15 +132,14 @@ impl Blocks {
         let mut block = span.start;
         while block < span.end {
             let extent = self.map.extent(block, span.end);
-            match extent.state {
-                BlockState::Zero => {}
-                BlockState::Data => {
-                    self.map.prepare(extent.span)?;
-                    let bytes = extent.span.len() * self.block_bytes();
-                    self.data.punch(extent.span.start * self.block_bytes(), bytes)?;
-                    self.set_cleared(extent)?;
-                }
-                BlockState::Base => self.set_cleared(extent)?,
+            if extent.state == BlockState::Data {
+                self.map.prepare(extent.span)?;
+            }
+            // Blocks without data as well: they may have been preallocated.
+            let bytes = extent.span.len() * self.block_bytes();
+            self.data.punch(extent.span.start * self.block_bytes(), bytes)?;
+            if extent.state != BlockState::Zero {
+                self.set_cleared(extent)?;
             }
             block = extent.span.end;
         }

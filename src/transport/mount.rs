@@ -59,6 +59,10 @@ fn open_device() -> Result<OwnedFd> {
             Err(Error::caused(ErrorKind::Unsupported, format!("open {DEVICE}"), error)
                 .with_hint("this kernel has no FUSE loaded: try `modprobe fuse`"))
         }
+        Err(error) if error.kind() == io::ErrorKind::PermissionDenied => {
+            Err(Error::io(format!("open {DEVICE}"), error)
+                .with_hint("mount as root, or let users use FUSE: chmod 0666 /dev/fuse"))
+        }
         Err(error) => Err(Error::io(format!("open {DEVICE}"), error)),
     }
 }

@@ -8,6 +8,7 @@
 use std::fs::{File, OpenOptions};
 use std::io::Write;
 use std::os::unix::fs::OpenOptionsExt;
+use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
@@ -36,6 +37,8 @@ pub struct TestMount {
     folder: tempfile::TempDir,
     run: tempfile::TempDir,
     options: String,
+    /// Runs the daemon; none for the one who runs the tests.
+    user: Option<u32>,
     daemon: Option<Child>,
 }
 
@@ -85,7 +88,7 @@ impl TestMount {
         };
         store.import_image(&name(IMAGE), &request, &NoProgress).unwrap();
         std::fs::remove_file(source).unwrap();
-        let mount = Self { store, folder, run, options: options.to_owned(), daemon: None };
+        let mount = Self { store, folder, run, options: options.to_owned(), user: None, daemon: None };
         mount.create("web");
         mount
     }
@@ -98,6 +101,21 @@ impl TestMount {
             ..InstanceSpec::of(name(IMAGE))
         };
         self.store.create_instance(&name(instance), &spec, &NoProgress).unwrap();
+    }
+
+    /// Gives everything to another user, who will run the daemon.
+    pub fn give_to(&mut self, user: u32) {
+        self.user = Some(user);
+        let owner = format!("{user}:{user}");
+        let status =
+            Command::new("chown").arg("-R").arg(owner).arg(self.folder.path()).arg(self.run.path()).status();
+        assert!(status.unwrap().success(), "giving files away needs root");
+    }
+
+    /// Runs a shell's command as the user who runs the daemon.
+    pub fn shell(&self, script: &str) -> std::process::Output {
+        let user = self.user.unwrap_or(0);
+        Command::new("sh").arg("-c").arg(script).uid(user).gid(user).current_dir("/").output().unwrap()
     }
 
     /// Mounts the store.
@@ -114,7 +132,11 @@ impl TestMount {
         for path in [&ready, &said] {
             let _ = std::fs::remove_file(path);
         }
-        let mut child = Command::new(std::env::current_exe().unwrap())
+        let mut command = Command::new(self.program());
+        if let Some(user) = self.user {
+            command.uid(user).gid(user);
+        }
+        let mut child = command
             .args(["daemon_process", "--exact", "--nocapture", "--test-threads=1"])
             .env("TEST_STORE", self.store.dir())
             .env("TEST_MOUNTPOINT", mountpoint)
@@ -123,6 +145,7 @@ impl TestMount {
             .env("TEST_SAID", &said)
             .env("TEST_LOG", self.log_path())
             .env("COWDISK_RUN_DIR", self.run.path())
+            .current_dir("/")
             .stdin(Stdio::null())
             .stdout(Stdio::null())
             .stderr(Stdio::null())
@@ -141,6 +164,17 @@ impl TestMount {
         let _ = child.kill();
         let _ = child.wait();
         panic!("the daemon did not serve within {LONG:?}");
+    }
+
+    /// This program, where the daemon's user can run it.
+    fn program(&self) -> PathBuf {
+        let own = std::env::current_exe().unwrap();
+        if self.user.is_none() {
+            return own;
+        }
+        let copy = self.folder.path().join("program");
+        std::fs::copy(own, &copy).unwrap();
+        copy
     }
 
     pub fn mountpoint(&self) -> PathBuf {

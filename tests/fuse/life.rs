@@ -1,6 +1,6 @@
 //! Mounting, instances that come and go, locks, crashes, and the end.
 
-use std::os::unix::fs::{FileExt, MetadataExt};
+use std::os::unix::fs::{FileExt, MetadataExt, PermissionsExt};
 use std::time::Duration;
 
 use cowdisk::ErrorKind;
@@ -310,4 +310,47 @@ fn a_failed_request_is_logged_once_with_what_it_was() {
         log.lines().filter(|line| line.starts_with("WARN") || line.starts_with("ERROR")).collect();
     assert_eq!(warnings.len(), 1, "{warnings:#?}");
     assert!(warnings[0].contains("lookup inode 0x") && warnings[0].contains("web"), "{warnings:?}");
+}
+
+/// Lets everyone use FUSE, as distributions do, and takes that back when dropped.
+struct FuseForAll(std::fs::Permissions);
+
+impl FuseForAll {
+    const DEVICE: &str = "/dev/fuse";
+
+    fn allow() -> Self {
+        let before = std::fs::metadata(Self::DEVICE).unwrap().permissions();
+        std::fs::set_permissions(Self::DEVICE, std::fs::Permissions::from_mode(0o666)).unwrap();
+        Self(before)
+    }
+}
+
+impl Drop for FuseForAll {
+    fn drop(&mut self) {
+        std::fs::set_permissions(Self::DEVICE, self.0.clone()).unwrap();
+    }
+}
+
+#[test]
+fn a_user_without_privilege_mounts_and_unmounts_a_store_of_his_own() {
+    let _fuse = FuseForAll::allow();
+    let mut mount = TestMount::unmounted(QUIET, &std::env::temp_dir());
+    mount.give_to(65534);
+    mount.mount().unwrap();
+    let mountpoint = mount.mountpoint();
+    let disk = format!("{}/instances/web/disk", mountpoint.display());
+    let script = format!(
+        "printf hello | dd of={disk} conv=notrunc bs=5 seek=1000 && tail -c +5001 {disk} | head -c 5"
+    );
+    let output = mount.shell(&script);
+    assert_eq!(output.stdout, b"hello", "{output:?}");
+    let mounts = std::fs::read_to_string("/proc/self/mounts").unwrap();
+    let line = mounts.lines().find(|line| line.contains(mountpoint.to_str().unwrap())).unwrap();
+    for option in ["fuse.cowdisk", "nosuid", "nodev", "noexec", "default_permissions", "user_id=65534"] {
+        assert!(line.contains(option), "{option} is missing in {line}");
+    }
+    assert!(!line.contains("allow_other"), "{line}");
+    mount.signal(Signal::TERM);
+    assert!(mount.ends_within(Duration::from_secs(20)).expect("it ends").success());
+    assert_eq!(std::fs::read_dir(&mountpoint).unwrap().count(), 0);
 }

@@ -156,6 +156,18 @@ fn preallocated_space_is_taken_at_once_and_reads_as_before() {
 }
 
 #[test]
+fn preallocated_space_is_given_back_by_discarding() {
+    let mount = TestMount::new();
+    for path in [mount.disk(), mount.local()] {
+        let file = open(&path);
+        fallocate(&file, FallocateFlags::empty(), 0, 8 * MIB).unwrap();
+        fallocate(&file, punch(), 0, 8 * MIB).unwrap();
+        let taken = file.metadata().unwrap().blocks() * 512;
+        assert!(taken < 256 * KIB, "{} still takes {taken}", path.display());
+    }
+}
+
+#[test]
 fn holes_and_data_are_found() {
     let mount = TestMount::new();
     let file = open(&mount.disk());

@@ -3,11 +3,14 @@
 #![allow(
     clippy::unwrap_used,
     clippy::disallowed_methods,
-    reason = "a test fails by panicking and writes scratch files"
+    clippy::print_stderr,
+    reason = "a test fails by panicking, writes scratch files and says what it skips"
 )]
 
 #[path = "cli/bad_inputs.rs"]
 mod bad_inputs;
+#[path = "cli/mounted.rs"]
+mod mounted;
 
 use std::collections::BTreeMap;
 use std::fs::{self, File};
@@ -183,6 +186,40 @@ fn unquote(word: &str) -> &str {
         "SPACE" => "a b",
         "CONTROL" => "a\nb\u{1b}[31m",
         word => word,
+    }
+}
+
+#[test]
+fn what_libvirt_refuses_is_told_in_a_line() {
+    let place = Place::furnished();
+    if Command::new("virsh").arg("--version").output().is_err() {
+        eprintln!("skipped: no virsh");
+        return;
+    }
+    // libvirt's test driver has one running domain, `test`; the other URI is of a socket that is not there.
+    let nowhere = format!("qemu+unix:///system?socket={}", place.path("nope"));
+    let rows: [(&[&str], &str); 5] = [
+        (&["-c", "test:///default", "stop", "inst"], "stop instance inst: instance inst: not running"),
+        (&["-c", "test:///default", "detach", "test", "inst"], "domain test: has no disk of instance inst"),
+        (
+            &["-c", "test:///default", "detach", "nope", "inst"],
+            "domain nope: not found\nsee what there is: virsh list --all",
+        ),
+        (
+            &["-c", "test:///default", "detach", "-nope\n", "inst"],
+            "unexpected argument '-n' found\nto pass '-n' as a value, use '-- -n'",
+        ),
+        (
+            &["-c", &nowhere, "stop", "inst"],
+            "stop instance inst: virsh domstate: Failed to connect socket to '{}/nope': No such file or directory\n\
+             is libvirtd running? --connect URI chooses another libvirt",
+        ),
+    ];
+    for (arguments, message) in rows {
+        let output = place.run(&[&["libvirt"], arguments].concat());
+        let found = text(&output.stderr).replace(&place.path(""), "{}/");
+        assert_eq!(found, format!("cowdisk: {message}\n"), "{arguments:?}");
+        assert_ne!(output.status.code(), Some(0));
     }
 }
 

@@ -1,5 +1,8 @@
 //! `mount.cowdisk`: what mount(8) runs for `mount -t cowdisk STORE DIR -o …` and for a line of fstab with type `cowdisk`.
 //!
+//! Installed as `/sbin/mount.cowdisk`; a link `/sbin/mount.fuse.cowdisk` to it lets it answer for `mount -t fuse.cowdisk` and
+//! for `mount -o remount` as well, which otherwise end in libfuse's helper and a shell.
+//!
 //! It turns mount(8)'s convention into one call of `cowdisk mount` and that call's outcome into mount(8)'s exit codes.
 //! It knows the command line of cowdisk and nothing else: whether the store is one, what an option means and when the
 //! disks can be read is for cowdisk to say. mount(8) has decoded the octal escapes of fstab before it comes here, so a

@@ -50,6 +50,14 @@ pub enum Command {
     /// Instances: a root disk over an image, and perhaps a local disk
     #[command(subcommand)]
     Instance(InstanceCommand),
+    /// Mount the store, and return once its disks can be read
+    Mount(MountArgs),
+    /// Unmount a store: flush everything and wait for its daemon; tells who still has a disk open
+    Umount {
+        /// The mountpoint, or the directory of the store
+        #[arg(value_name = "MNT")]
+        mountpoint: PathBuf,
+    },
     /// Show which parts of a disk are its own and which are its base's
     Map(MapArgs),
     /// Run instances as libvirt guests
@@ -187,6 +195,26 @@ pub struct CreateArgs {
     /// Make full, independent disks instead of overlays
     #[arg(long)]
     pub no_cow: bool,
+}
+
+/// `cowdisk mount …`
+#[derive(Debug, Args)]
+pub struct MountArgs {
+    /// An existing, empty directory
+    #[arg(value_name = "MNT")]
+    pub mountpoint: PathBuf,
+    /// Serve in the foreground
+    #[arg(short, long)]
+    pub foreground: bool,
+    /// Options, separated by commas: ro, threads=N, flush=SECONDS, allow_other, noallow_other, log=FILE
+    #[arg(short, value_name = "OPT,…", allow_hyphen_values = true)]
+    pub options: Vec<String>,
+    /// Check the store, the mountpoint and the options, and mount nothing
+    #[arg(long, conflicts_with = "foreground")]
+    pub check: bool,
+    /// Ignore options that are not known, as `mount -s` asks
+    #[arg(long)]
+    pub sloppy: bool,
 }
 
 /// `cowdisk map …`

@@ -10,6 +10,7 @@ mod instances;
 mod libvirt;
 mod logger;
 mod map;
+mod mount;
 mod output;
 mod progress;
 mod usage;
@@ -90,6 +91,8 @@ fn run(cli: Cli) -> Result<()> {
         Command::Image(command) => images::image(&mut session, command),
         Command::Flavor(command) => images::flavor(&mut session, command),
         Command::Instance(command) => instances::run(&mut session, command),
+        Command::Mount(args) => mount::mount(&session, &args),
+        Command::Umount { mountpoint } => mount::unmount(&mountpoint),
         Command::Map(args) => map::run(&mut session, &args),
         Command::Libvirt(args) => libvirt::run(&mut session, args),
         Command::Completions { shell } => completions(&mut session, shell),

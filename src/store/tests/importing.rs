@@ -191,3 +191,41 @@ fn importing_again_repairs_a_damaged_base() {
     t.import("once-more", &image_bytes()).unwrap();
     t.store.verify_image(&name("debian"), &NoProgress).unwrap();
 }
+
+#[test]
+fn images_that_name_other_files_are_refused_as_qemu_writes_them() {
+    if std::process::Command::new("qemu-img").arg("--version").output().is_err() {
+        println!("skipped: qemu-img is not installed");
+        return;
+    }
+    let t = empty_store();
+    let secret = t.file("secret.raw", &[0x5e; 1 << 20]);
+    let secret = secret.to_str().unwrap();
+    let data_file = format!("data_file={}/data", t.run.path().display());
+    for (reason, file, arguments) in [
+        ("backing file", "a.qcow2", &["-f", "qcow2", "-b", secret, "-F", "raw"][..]),
+        ("backing file", "b.qcow2", &["-f", "qcow2", "-o", "compat=0.10", "-b", secret, "-F", "raw"]),
+        ("another file", "c.qcow2", &["-f", "qcow2", "-o", &data_file]),
+        ("another file", "d.qcow2", &["-f", "qcow2", "-o", &format!("{data_file},data_file_raw=on")]),
+        ("qcow (version 1)", "e.qcow", &["-f", "qcow"]),
+        ("qed", "f.qed", &["-f", "qed"]),
+        ("vhd", "g.vhd", &["-f", "vpc"]),
+        ("vmdk descriptor", "h.vmdk", &["-f", "vmdk", "-o", "subformat=monolithicFlat"]),
+        ("vmdk descriptor", "i.vmdk", &["-f", "vmdk", "-o", "subformat=twoGbMaxExtentSparse"]),
+    ] {
+        let source = t.run.path().join(file);
+        let mut command = std::process::Command::new("qemu-img");
+        let made = command.arg("create").arg("-q").args(arguments).arg(&source).arg("1M").status();
+        if !made.unwrap().success() {
+            println!("skipped: this qemu-img does not make {file}");
+            continue;
+        }
+        let request = ImportRequest { source: source.clone(), ..ImportRequest::default() };
+        t.refuses(ErrorKind::Invalid, reason, |store| {
+            store.import_image(&name("new"), &request, &NoProgress)
+        });
+        let stated = ImportRequest { format: Some(SourceFormat::Raw), ..request };
+        t.store.import_image(&name("bytes"), &stated, &NoProgress).unwrap();
+        t.store.remove_image(&name("bytes")).unwrap();
+    }
+}

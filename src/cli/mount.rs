@@ -1,0 +1,52 @@
+//! `cowdisk mount` and `cowdisk umount`.
+
+use std::path::Path;
+
+use super::Session;
+use super::args::MountArgs;
+use crate::daemon::{self, MountOptions};
+use crate::error::{Context as _, Error, ErrorKind, Result};
+use crate::store::Store;
+
+/// Mounts the store; returns once its disks can be read, in the foreground once it is unmounted.
+pub(super) fn mount(session: &Session, args: &MountArgs) -> Result<()> {
+    let text = args.options.join(",");
+    let options = if args.sloppy { MountOptions::parse_tolerant(&text) } else { MountOptions::parse(&text) }?;
+    // Says what is wrong with the store as every other command does.
+    let store = session.open_store()?;
+    if args.check {
+        check(&store, &args.mountpoint)
+    } else if args.foreground {
+        daemon::run(&session.store, &args.mountpoint, &options, || {})
+    } else {
+        daemon::spawn(&session.store, &args.mountpoint, &options)
+    }
+}
+
+/// Whether mounting would go, as far as can be told without doing it.
+fn check(store: &Store, mountpoint: &Path) -> Result<()> {
+    if let Some(server) = store.serving()? {
+        return Err(Error::new(
+            ErrorKind::Busy,
+            format!(
+                "store {}: process {} serves it on {} already",
+                store.dir().display(),
+                server.pid,
+                server.mountpoint.display()
+            ),
+        ));
+    }
+    let found = mountpoint.metadata().context(|| format!("mountpoint {}", mountpoint.display()))?;
+    if !found.is_dir() {
+        return Err(Error::new(
+            ErrorKind::Invalid,
+            format!("mountpoint {}: not a directory", mountpoint.display()),
+        ));
+    }
+    Ok(())
+}
+
+/// Unmounts and waits until everything is durable.
+pub(super) fn unmount(mountpoint: &Path) -> Result<()> {
+    daemon::unmount(mountpoint)
+}

@@ -1,0 +1,178 @@
+//! Commands on a mounted store.
+
+use std::fs::{self, File};
+use std::os::unix::fs::FileExt as _;
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+use super::{Place, text};
+
+/// A furnished place whose store is mounted on `mnt`, and unmounted when dropped.
+struct Mounted(Place);
+
+impl Mounted {
+    fn new() -> Self {
+        let place = Place::furnished();
+        assert_eq!(place.works(&["mount", &place.path("mnt")]), "");
+        Self(place)
+    }
+
+    fn umount(&self) {
+        assert_eq!(self.0.works(&["umount", &self.0.path("mnt")]), "");
+    }
+
+    /// Runs what must fail; returns its stderr with `{}` for the folder.
+    fn fails(&self, arguments: &[&str]) -> String {
+        let output = self.0.run(arguments);
+        assert_eq!(output.status.code(), Some(1), "{arguments:?}");
+        text(&output.stderr).replace(&self.0.path(""), "{}/")
+    }
+}
+
+impl Drop for Mounted {
+    fn drop(&mut self) {
+        // Whatever the test left behind, nothing of it may outlive the test.
+        let mnt = self.0.path("mnt");
+        if self.0.run(&["umount", &mnt]).status.code() != Some(0) {
+            let _ = Command::new("umount").args(["--lazy", &mnt]).stderr(Stdio::null()).status();
+        }
+    }
+}
+
+/// Whether a mounted disk could be opened here; without the right to mount there is nothing to test.
+fn may_mount() -> bool {
+    let may = rustix::process::geteuid().is_root() && fs::metadata("/dev/fuse").is_ok();
+    if !may {
+        eprintln!("skipped: mounting needs root and /dev/fuse");
+    }
+    may
+}
+
+#[test]
+fn a_mount_can_be_read_at_once_and_an_unmount_leaves_all_durable() {
+    if !may_mount() {
+        return;
+    }
+    let mounted = Mounted::new();
+    let place = &mounted.0;
+    let disk = File::options().read(true).write(true).open(place.path("mnt/instances/inst/disk")).unwrap();
+    let mut bytes = [0; 8];
+    disk.read_exact_at(&mut bytes, 131_072).unwrap();
+    assert_eq!(bytes, [0x5a; 8]);
+    disk.write_all_at(&[7; 4096], 4096).unwrap();
+    let map = place.json(&["map", "inst", "--output", "json"]);
+    assert_eq!(
+        (&map[1]["start"], &map[1]["depth"]),
+        (&4096.into(), &0.into()),
+        "the map of a disk in use is live"
+    );
+    drop(disk);
+    place.works(&["instance", "create", "late", "--image", "img"]);
+    assert!(fs::metadata(place.path("mnt/instances/late/disk")).is_ok(), "a new instance is there at once");
+    place.works(&["instance", "remove", "late"]);
+    assert!(fs::metadata(place.path("mnt/instances/late")).is_err(), "and a removed one is gone");
+    mounted.umount();
+    assert_eq!(fs::read_dir(place.path("mnt")).unwrap().count(), 0);
+    assert_eq!(place.json(&["map", "inst", "--output", "json"]), map);
+}
+
+#[test]
+fn a_disk_in_use_is_neither_removed_nor_unmounted_nor_served_twice() {
+    if !may_mount() {
+        return;
+    }
+    let mounted = Mounted::new();
+    let place = &mounted.0;
+    let path = place.path("mnt/instances/inst/disk");
+    // Another process, as a guest would be: `read` holds the disk open until its stdin ends.
+    let mut holder = Command::new("sh")
+        .args(["-c", "exec 3<\"$0\"; echo open; read line", &path])
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .spawn()
+        .unwrap();
+    wait_for_output(&mut holder);
+    let refusal = mounted.fails(&["instance", "remove", "inst"]);
+    assert!(refusal.starts_with("cowdisk: remove instance inst: disk inst/disk: "), "{refusal}");
+    let refusal = mounted.fails(&["umount", &place.path("mnt")]);
+    let wanted = format!("process {} (sh) uses {{}}/mnt/instances/inst/disk", holder.id());
+    assert!(refusal.starts_with("cowdisk: {}/mnt is in use: ") && refusal.contains(&wanted), "{refusal}");
+    fs::create_dir(place.path("mnt2")).unwrap();
+    let refusal = mounted.fails(&["mount", &place.path("mnt2")]);
+    assert!(refusal.contains("{}/mnt"), "tells where the store is mounted: {refusal}");
+    let refusal = mounted.fails(&["mount", "--check", &place.path("mnt2")]);
+    assert!(refusal.contains("serves it on {}/mnt already"), "{refusal}");
+    drop(holder.stdin.take());
+    holder.wait().unwrap();
+    mounted.umount();
+    let refusal = mounted.fails(&["umount", &place.path("mnt")]);
+    assert_eq!(refusal, "cowdisk: {}/mnt: no store is mounted there\n");
+}
+
+fn wait_for_output(child: &mut Child) {
+    use std::io::Read as _;
+    child.stdout.as_mut().unwrap().read_exact(&mut [0; 5]).unwrap();
+}
+
+#[test]
+fn a_mount_in_the_foreground_ends_with_its_mount() {
+    if !may_mount() {
+        return;
+    }
+    let place = Place::furnished();
+    let mut daemon = place.command(&["mount", "-f", &place.path("mnt"), "-o", "ro"]).spawn().unwrap();
+    let deadline = Instant::now() + Duration::from_secs(20);
+    while fs::metadata(place.path("mnt/instances/inst/disk")).is_err() {
+        assert!(Instant::now() < deadline, "the mount never came");
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    assert!(File::options().write(true).open(place.path("mnt/instances/inst/disk")).is_err(), "read-only");
+    place.works(&["umount", &place.path("mnt")]);
+    assert!(daemon.wait().unwrap().success());
+}
+
+#[test]
+fn the_xml_of_a_mounted_instance_is_what_libvirt_wants() {
+    if !may_mount() {
+        return;
+    }
+    let mounted = Mounted::new();
+    let place = &mounted.0;
+    let disks = place.works(&["libvirt", "xml", "inst"]);
+    for (file, target) in [("disk", "vda"), ("disk.local", "vdb")] {
+        let source = format!("<source file=\"{}\"/>", place.path(&format!("mnt/instances/inst/{file}")));
+        assert!(disks.contains(&source), "{disks}");
+        assert!(disks.contains(&format!("<target dev=\"{target}\" bus=\"virtio\"/>")), "{disks}");
+    }
+    assert_eq!(place.works(&["libvirt", "xml", "full"]).matches("<disk ").count(), 1);
+    let arguments =
+        ["libvirt", "xml", "inst", "--domain", "--type", "qemu", "--memory", "1G", "--vcpus", "3"];
+    let kernel = place.path("kernel");
+    let domain = place.works(&[&arguments[..], &["--kernel", &kernel, "--append", "a=<&>"]].concat());
+    assert!(domain.contains("<memory unit=\"KiB\">1048576</memory>") && domain.contains("<vcpu>3</vcpu>"));
+    assert!(domain.contains(&format!("<kernel>{kernel}</kernel>")), "{domain}");
+    assert!(domain.contains("<cmdline>a=&lt;&amp;&gt;</cmdline>"), "{domain}");
+    fs::write(place.path("domain.xml"), domain).unwrap();
+    let checked = Command::new("virsh")
+        .args(["-c", "test:///default", "define", "--validate", &place.path("domain.xml")])
+        .output();
+    match checked {
+        Ok(output) => assert!(output.status.success(), "{}", text(&output.stderr)),
+        Err(_) => eprintln!("not checked against libvirt's schema: no virsh"),
+    }
+    let mut output = mounted.fails(&["libvirt", "start", "inst", "--kernel", &place.path("nope")]);
+    assert_eq!(output, "cowdisk: {}/nope: No such file or directory\n");
+    let refused = place.run(&["libvirt", "start", "inst", "--append", "quiet"]);
+    assert_eq!(refused.status.code(), Some(2));
+    assert_eq!(
+        text(&refused.stderr),
+        "cowdisk: instance inst: a ramdisk or command line needs a kernel\n\
+         give --kernel, or import the image with its kernel\n"
+    );
+    let control = place.run(&["libvirt", "start", "inst", "--kernel", &kernel, "--append", "a\nb"]);
+    output = text(&control.stderr);
+    assert_eq!(
+        output,
+        "cowdisk: start instance inst: \"a\\nb\": XML for libvirt cannot carry the character '\\n'\n"
+    );
+}

@@ -209,7 +209,7 @@ pub struct MountArgs {
     /// Serve in the foreground
     #[arg(short, long)]
     pub foreground: bool,
-    /// Options, separated by commas: ro, threads=N, flush=SECONDS, allow_other, noallow_other, log=FILE
+    /// Options, separated by commas: ro, threads=N, flush=SECONDS, allow_other, noallow_other, accept_loss, log=FILE
     #[arg(short, value_name = "OPT,…", allow_hyphen_values = true)]
     pub options: Vec<String>,
     /// Check the store, the mountpoint and the options, and mount nothing

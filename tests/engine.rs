@@ -38,6 +38,12 @@ impl Layer {
         LayerFiles { data: Box::new(self.file("data")), map: Box::new(self.file("map")) }
     }
 
+    /// Opens it as in another boot of the host, in which nobody misses the live map.
+    fn open_after_reboot(&self) -> Overlay {
+        let live = self.path("live");
+        Overlay::open_accepting_loss("test", self.files(), BaseImage::blank(), &live).expect("open")
+    }
+
     fn open(&self, base: BaseImage) -> cowdisk::Result<Overlay> {
         Overlay::open("test", self.files(), base, &self.path("live"))
     }
@@ -171,7 +177,7 @@ fn a_live_map_of_another_session_is_not_believed() {
     overlay.write_at(8192, &[2; 4096]).expect("write in a new session");
     drop(overlay);
     layer.file("live").write_at(0, &old_live).expect("put the old live map back");
-    let overlay = layer.open(BaseImage::blank()).expect("open");
+    let overlay = layer.open_after_reboot();
     let mut found = [7; 4096];
     overlay.read_at(0, &mut found).expect("read");
     assert_eq!(found, [0; 4096], "the block that was discarded stays so");
@@ -202,8 +208,52 @@ fn a_guest_that_never_flushes_takes_bounded_memory_and_loses_nothing() {
     }
     drop(overlay);
     std::fs::remove_file(layer.path("live")).expect("as after a reboot of the host");
-    let overlay = layer.open(BaseImage::blank()).expect("open");
+    let overlay = layer.open_after_reboot();
     let mut found = [0; 512];
     overlay.read_at(8192, &mut found).expect("read");
     assert_eq!(found, [1; 512], "the first of them were committed on the way");
+}
+
+#[test]
+fn an_overlay_whose_live_map_was_removed_is_refused_unless_the_loss_is_accepted() {
+    let layer = blank(1 << 20);
+    let overlay = layer.open(BaseImage::blank()).expect("open");
+    overlay.write_at(0, &[1; 4096]).expect("write");
+    overlay.flush().expect("flush");
+    overlay.write_at(8192, &[2; 4096]).expect("write");
+    drop(overlay);
+    std::fs::remove_file(layer.path("live")).expect("somebody removes the live map");
+    let error = layer.open(BaseImage::blank()).expect_err("refused");
+    assert!(error.to_string().contains("live map") && error.hint().is_some(), "{error}");
+    let overlay = layer.open_after_reboot();
+    let mut found = [7; 8192 + 4096];
+    overlay.read_at(0, &mut found).expect("read");
+    assert!(found[..4096] == [1; 4096] && found[8192..] == [0; 4096], "as of the last flush");
+    drop(overlay);
+    layer.open(BaseImage::blank()).expect("the loss was accepted once and for all");
+}
+
+#[test]
+fn a_backup_put_in_an_overlays_place_is_not_read_by_the_newer_live_map() {
+    let layer = blank(1 << 20);
+    let overlay = layer.open(BaseImage::blank()).expect("open");
+    overlay.write_at(0, &[1; 4096]).expect("write");
+    overlay.flush().expect("flush");
+    for name in ["data", "map"] {
+        std::fs::copy(layer.path(name), layer.path(&format!("{name}.backup"))).expect("back up");
+    }
+    overlay.write_at(8192, &[2; 4096]).expect("write");
+    overlay.flush().expect("flush");
+    drop(overlay);
+    for name in ["data", "map"] {
+        std::fs::copy(layer.path(&format!("{name}.backup")), layer.path(name)).expect("restore");
+    }
+    assert_eq!(layer.open(BaseImage::blank()).expect_err("refused").kind(), ErrorKind::Corrupt);
+    let overlay = layer.open_after_reboot();
+    assert_eq!(overlay.next_hole(0).expect("seek"), 4096);
+    assert_eq!(
+        overlay.next_data(8192).expect("seek"),
+        None,
+        "the newer map named data that the backup lacks"
+    );
 }

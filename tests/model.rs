@@ -242,10 +242,15 @@ impl World {
         self.folder.path().join(live_map_name(LAYER))
     }
 
-    fn open(&mut self) {
+    /// Opens it; after a crash the boot is simulated to be another one, in which nobody misses the live map.
+    fn open_after(&mut self, crash: bool) {
         let files = LayerFiles { data: Box::new(self.data.clone()), map: Box::new(self.map.clone()) };
-        let overlay = Overlay::open("test", files, base(&self.setup), &self.live_map()).expect("open");
-        self.overlay = Some(overlay);
+        let open = if crash { Overlay::open_accepting_loss } else { Overlay::open };
+        self.overlay = Some(open("test", files, base(&self.setup), &self.live_map()).expect("open"));
+    }
+
+    fn open(&mut self) {
+        self.open_after(false);
     }
 
     fn overlay(&self) -> &Overlay {
@@ -348,7 +353,7 @@ fn apply(world: &mut World, model: &mut Model, op: &Op) {
         }
         Op::CrashHost => {
             world.crash();
-            world.open();
+            world.open_after(true);
             model.check_after_crash(world.overlay());
         }
         Op::Doom { .. } => unreachable!("handled by run"),
@@ -383,7 +388,7 @@ fn run(setup: &Setup, ops: &[Op]) {
         } else {
             world.kill();
         }
-        world.open();
+        world.open_after(doom_is_host);
         let size = world.overlay().size();
         assert!(size == model.size || Some(size) == model.unanswered_size, "size {size}");
         (model.size, model.unanswered_size) = (size, None);

@@ -7,8 +7,8 @@ mod common;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use common::sim::Rng;
-use cowdisk::format::{BaseId, LayerId};
-use cowdisk::overlay::{BaseImage, LayerFiles, Overlay};
+use cowdisk::format::{BaseId, BlockState, LayerId};
+use cowdisk::overlay::{BaseImage, LayerFiles, MapReader, Overlay};
 use cowdisk::storage::{FileStorage, MemStorage, Storage};
 use cowdisk::units::Geometry;
 
@@ -98,4 +98,38 @@ fn neighbours_in_a_block_never_lose_a_write_in_memory() {
 fn neighbours_in_a_block_never_lose_a_write_on_the_host() {
     let file = || FileStorage::new(tempfile::tempfile().expect("a temporary file"), "file");
     hammer(Box::new(file()), Box::new(file()), 4096);
+}
+
+/// Whoever sees that a block is data overwrites it without a lock; his flush has to commit the block, though another's
+/// request made it data and is not answered yet. Once the state was seen before the commit could know of it.
+#[test]
+fn a_flush_commits_blocks_that_another_request_is_just_making_data() {
+    const LEN: usize = 16 << 20;
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    let path = |name: &str| folder.path().join(name);
+    let file = |name: &str| {
+        let mut options = std::fs::OpenOptions::new();
+        let file =
+            options.read(true).write(true).create(true).truncate(false).open(path(name)).expect("a file");
+        FileStorage::new(file, name)
+    };
+    let files = LayerFiles { data: Box::new(MemStorage::new()), map: Box::new(file("map")) };
+    let geometry = Geometry::new(64 * LEN as u64, 4096, 0).expect("valid");
+    Overlay::create(&files, LayerId([3; 16]), geometry, BaseImage::blank().reference()).expect("create");
+    let overlay = Overlay::open("test", files, BaseImage::blank(), &path("live")).expect("open");
+    let big = vec![1; LEN];
+    for round in 0..64 {
+        let at = round * LEN as u64;
+        std::thread::scope(|scope| {
+            scope.spawn(|| overlay.write_at(at, &big).expect("write"));
+            while overlay.next_data(at).expect("seek") != Some(at) {
+                std::hint::spin_loop();
+            }
+            overlay.write_at(at, &[2; 512]).expect("overwrite");
+            overlay.flush().expect("flush");
+            let durable =
+                MapReader::open("test", file("map"), &path("no live map")).expect("the durable map");
+            assert_eq!(durable.extent(at / 4096).state, BlockState::Data, "round {round}");
+        });
+    }
 }

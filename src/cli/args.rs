@@ -51,6 +51,9 @@ pub enum Command {
     #[command(subcommand)]
     Instance(InstanceCommand),
     /// Mount the store, and return once its disks can be read
+    ///
+    /// The daemon goes on in the background. It logs to daemon.log in the run directory, or to the file of the option
+    /// log=FILE, as much as COWDISK_LOG says.
     Mount(MountArgs),
     /// Unmount a store: flush everything and wait for its daemon; tells who still has a disk open
     Umount {
@@ -206,7 +209,7 @@ pub struct MountArgs {
     /// Serve in the foreground
     #[arg(short, long)]
     pub foreground: bool,
-    /// Options, separated by commas: ro, threads=N, flush=SECONDS, allow_other, noallow_other, log=FILE
+    /// Options, separated by commas: ro, threads=N, flush=SECONDS, allow_other, noallow_other, accept_loss, log=FILE
     #[arg(short, value_name = "OPT,…", allow_hyphen_values = true)]
     pub options: Vec<String>,
     /// Check the store, the mountpoint and the options, and mount nothing
@@ -270,6 +273,9 @@ pub enum LibvirtCommand {
         guest: GuestArgs,
     },
     /// Run an instance as a transient domain of its name
+    ///
+    /// It exists in libvirt as long as it runs. For a persistent one: cowdisk libvirt xml --domain NAME | virsh define
+    /// /dev/stdin
     Start {
         /// The instance
         instance: ObjectName,

@@ -59,7 +59,7 @@ pub fn serve(store: Store, mountpoint: &Path, options: &MountOptions, on_ready: 
         // Nobody listens only when the daemon has ended anyway.
         let _ = signalled.send(Event::Signal(name));
     })?;
-    let fs = Arc::new(Fs::new(store)?);
+    let fs = Arc::new(Fs::new(store.accepting_loss(options.accept_loss))?);
     let mounted = Mounted::make(&source, &mountpoint, options, &fs)?;
     let Mounted { session, device } = mounted;
     std::thread::Builder::new()

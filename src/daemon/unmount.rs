@@ -36,6 +36,10 @@ pub fn unmount(target: &Path) -> Result<()> {
     // Without the right to look into the store, one can still unmount, only not wait.
     let store = Store::open(&entry.source).ok();
     let server = store.as_ref().and_then(|store| store.serving().ok().flatten());
+    // The kernel would not mind users in other mount namespaces; but the daemon would go on for them, out of reach.
+    if server.is_some() && !holders::holders(entry.device).is_empty() {
+        return Err(busy(entry));
+    }
     mount::unmount(&entry.mountpoint).map_err(|error| match error.kind() {
         ErrorKind::Busy => busy(entry),
         _ => error,

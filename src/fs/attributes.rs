@@ -40,7 +40,7 @@ pub struct Attributes {
     pub atime: SystemTime,
     /// Last change of the content.
     pub mtime: SystemTime,
-    /// Last change of content or attributes.
+    /// Last change of content; that of owner, mode and extended attributes is not kept.
     pub ctime: SystemTime,
     /// Whether name and attributes stay as they are as long as the mount lives.
     pub fixed: bool,

@@ -1,7 +1,7 @@
 //! The allocation map of an open overlay: the live map, the durable map, and what the first has that the second lacks.
 //!
-//! Reading states takes no lock. Changing them takes none either, but for a push to the list of uncommitted runs; the
-//! caller holds the block locks that make a change of state and of data one step.
+//! Reading states takes no lock. Changing them takes that of the list of uncommitted runs, for a moment; the caller holds
+//! the block locks that make a change of state and of data one step.
 
 use std::collections::BTreeSet;
 
@@ -32,7 +32,8 @@ pub struct AllocMap {
     prepared: PageBits,
     /// Guards the map file. Held across its I/O: by commits, and once per page by the first change to it.
     durable: Mutex<DurableMap<LatchedStorage>>,
-    /// Guards the runs of blocks that changed since the last commit. Never held across I/O.
+    /// Guards the runs of blocks that changed since the last commit, together with the change itself. Never held across
+    /// I/O.
     uncommitted: Mutex<Vec<BlockSpan>>,
 }
 
@@ -45,6 +46,7 @@ impl AllocMap {
         uncommitted: Vec<BlockSpan>,
     ) -> Self {
         let prepared = PageBits::new(page_count(durable.superblock().geometry));
+        live.note_durable(durable.position());
         Self { live, binding, prepared, durable: Mutex::new(durable), uncommitted: Mutex::new(uncommitted) }
     }
 
@@ -86,6 +88,7 @@ impl AllocMap {
         let mut durable = self.durable.lock();
         if durable.superblock().session != self.binding.session {
             durable.begin_session(self.binding.session, self.binding.boot).context(|| "begin writing")?;
+            self.note_durable(&durable);
         }
         durable.reserve_page(page)?;
         self.live.reserve(page)?;
@@ -98,14 +101,19 @@ impl AllocMap {
     /// # Panics
     /// If the span was not prepared.
     pub fn set(&self, span: BlockSpan, state: BlockState) {
-        if span.is_empty() {
-            return;
-        }
-        self.live.set(span, state);
-        let mut runs = self.uncommitted.lock();
-        match runs.last_mut() {
-            Some(last) if last.end == span.start => last.end = span.end,
-            _ => runs.push(span),
+        let mut start = span.start;
+        while start < span.end {
+            // One page at a time, so that the lock is held for a moment only.
+            let end = span.end.min((start / BLOCKS_PER_PAGE + 1) * BLOCKS_PER_PAGE);
+            let mut runs = self.uncommitted.lock();
+            // Under the lock: whoever sees the new state, overwrites the block without a lock and flushes must find the
+            // run in the list, or his flush would not commit the block.
+            self.live.set(BlockSpan::new(start, end), state);
+            match runs.last_mut() {
+                Some(last) if last.end == start => last.end = end,
+                _ => runs.push(BlockSpan::new(start, end)),
+            }
+            start = end;
         }
     }
 
@@ -165,9 +173,14 @@ impl AllocMap {
         durable.superblock().session == self.binding.session
     }
 
+    /// Notes in the live map how far the durable map has come: an older one is not what this live map belongs to.
+    pub fn note_durable(&self, durable: &DurableMap<LatchedStorage>) {
+        self.live.note_durable(durable.position());
+    }
+
     /// Makes the next opening use the durable map.
-    pub fn distrust_live_map(&self) -> Result<()> {
-        self.live.distrust()
+    pub fn distrust_live_map(&self) {
+        self.live.distrust();
     }
 
     /// Removes the live map: both maps say the same.

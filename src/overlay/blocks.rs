@@ -38,11 +38,6 @@ impl Blocks {
         &self.data
     }
 
-    /// The base.
-    pub fn base(&self) -> &BaseImage {
-        &self.base
-    }
-
     /// Gives up the parts but the map.
     pub fn into_map(self) -> AllocMap {
         self.map
@@ -92,10 +87,10 @@ impl Blocks {
         Ok(())
     }
 
-    /// Stores whole blocks, none of them `Data`. Zeroes need no room.
+    /// Stores whole blocks, none of them `Data`. Zeroes need no room, but what was preallocated stays so.
     fn store(&self, span: BlockSpan, buf: &[u8]) -> Result<()> {
         if is_zero(buf) {
-            return self.clear(span);
+            return self.show_zeroes(span);
         }
         self.map.prepare(span)?;
         self.data.write_at(span.start * self.block_bytes(), buf)?;
@@ -127,23 +122,22 @@ impl Blocks {
         }
     }
 
-    /// Makes whole blocks zeroes and gives their space back: they become `Base` where the base has a hole, else `Zero`.
+    /// Makes whole blocks zeroes and gives their space back, that of preallocated ones too: they become `Base` where the
+    /// base has a hole, else `Zero`.
     pub fn clear(&self, span: BlockSpan) -> Result<()> {
-        let mut block = span.start;
-        while block < span.end {
-            let extent = self.map.extent(block, span.end);
-            if extent.state == BlockState::Data {
-                self.map.prepare(extent.span)?;
-            }
-            // Blocks without data as well: they may have been preallocated.
-            let bytes = extent.span.len() * self.block_bytes();
-            self.data.punch(extent.span.start * self.block_bytes(), bytes)?;
-            if extent.state != BlockState::Zero {
-                self.set_cleared(extent)?;
-            }
-            block = extent.span.end;
+        for extent in self.map.extents(span).filter(|extent| extent.state == BlockState::Data) {
+            self.map.prepare(extent.span)?;
         }
-        Ok(())
+        self.data.punch(span.start * self.block_bytes(), span.len() * self.block_bytes())?;
+        self.show_zeroes(span)
+    }
+
+    /// Gives all blocks of `span` a state in which they read as zeroes. What space they have they keep.
+    fn show_zeroes(&self, span: BlockSpan) -> Result<()> {
+        self.map
+            .extents(span)
+            .filter(|extent| extent.state != BlockState::Zero)
+            .try_for_each(|extent| self.set_cleared(extent))
     }
 
     /// Gives blocks that are to read as zeroes the state for it, cutting the run where the base's holes begin and end.

@@ -66,6 +66,7 @@ impl Overlay {
             durable.resize(grown)
         });
         self.after_commit(result.context(|| format!("grow disk {} to {size} bytes", self.name)))?;
+        self.blocks.map().note_durable(&durable);
         self.size.store(size, Ordering::Release);
         Ok(())
     }
@@ -96,7 +97,10 @@ impl Overlay {
         let runs = self.blocks.map().take_uncommitted();
         let result = self.commit_runs(durable, &runs, checkpoint);
         match &result {
-            Ok(()) => self.flushed_tickets.store(tickets, Ordering::Release),
+            Ok(()) => {
+                self.blocks.map().note_durable(durable);
+                self.flushed_tickets.store(tickets, Ordering::Release);
+            }
             Err(_) => self.blocks.map().put_back(runs),
         }
         self.after_commit(result.context(|| format!("flush disk {}", self.name)))
@@ -128,10 +132,7 @@ impl Overlay {
                 "disk {}: a sync of the host's disk failed; writes are refused from now on",
                 self.name
             );
-            self.blocks.map().distrust_live_map().map_err(|error| {
-                let message = format!("disk {}: remove its live map by hand", self.name);
-                Error::caused(ErrorKind::Io, message, error)
-            })?;
+            self.blocks.map().distrust_live_map();
         }
         result
     }

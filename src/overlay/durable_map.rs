@@ -38,6 +38,15 @@ pub struct DurableMap<S> {
     stale: BTreeSet<u64>,
 }
 
+/// How far a durable map has come. It only grows.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Position {
+    /// The superblock's generation.
+    pub generation: u64,
+    /// The sequence number that the next journal record gets.
+    pub next_sequence: u64,
+}
+
 /// The current copy of a page.
 #[derive(Clone, Copy, Debug)]
 struct CurrentPage {
@@ -108,7 +117,8 @@ impl<S: Storage> DurableMap<S> {
     /// the digest.
     fn load_pages(&mut self) -> Result<SparseStates> {
         let mut states = SparseStates::default();
-        let end = slot_offset(page_count(self.superblock.geometry), 0);
+        let pages = page_count(self.superblock.geometry);
+        let end = slot_offset(pages, 0);
         let mut chunk = vec![0; LOAD_BYTES];
         let mut at = PAGES_OFFSET;
         while let Some(data) = self.storage.next_data(at)?.filter(|&data| data < end) {
@@ -116,6 +126,9 @@ impl<S: Storage> DurableMap<S> {
             self.storage.read_at(at, &mut chunk)?;
             for (pair, bytes) in (0..).zip(chunk.chunks_exact(2 * PAGE_BYTES)) {
                 let page = (at - PAGES_OFFSET) / (2 * PAGE_BYTES as u64) + pair;
+                if page >= pages {
+                    break;
+                }
                 if let Some((current, words)) = self.current_copy(page, bytes)? {
                     self.pages.insert(page, current);
                     states.insert_page(page, words);
@@ -198,6 +211,11 @@ impl<S: Storage> DurableMap<S> {
         &self.superblock
     }
 
+    /// How far the map has come.
+    pub fn position(&self) -> Position {
+        Position { generation: self.superblock.generation, next_sequence: self.next_sequence }
+    }
+
     /// Whether more than half of the journal is in use.
     pub fn checkpoint_due(&self) -> bool {
         self.journal_used * 2 > self.superblock.journal_bytes
@@ -226,6 +244,10 @@ impl<S: Storage> DurableMap<S> {
             self.storage.write_at(JOURNAL_OFFSET, &zeroes)?;
             self.storage.sync()?;
             next.journal_bytes = JOURNAL_BYTES;
+        }
+        // The next checkpoint writes these pages, whatever the session changes.
+        for &page in &self.stale {
+            self.reserve_page(page)?;
         }
         self.write_superblock(next)
     }

@@ -18,6 +18,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use memmap2::{MmapOptions, MmapRaw};
 use rustix::fs::{FallocateFlags, SeekFrom};
 
+use super::durable_map::Position;
 use super::page_bits::PageBits;
 use super::states::{Extent, PageWords, SparseStates, extent_from, word_pieces};
 use crate::error::{Context, Error, ErrorKind, Result};
@@ -31,10 +32,14 @@ compile_error!(
 
 const MAGIC_VALUE: [u8; 8] = *b"COWLIVE1";
 const HEADER_BYTES: usize = PAGE_BYTES;
-/// Magic, layer, session, boot; the word after them is the trust word.
+/// Magic, layer, session, boot.
 const BINDING_BYTES: usize = 8 + 3 * 16;
+/// The word after them is not zero once the states cannot be trusted.
 const TRUST_WORD: usize = BINDING_BYTES / 8;
 const DISTRUSTED: u64 = 1;
+/// The next two are the [`Position`] of the durable map that the states build upon.
+const GENERATION_WORD: usize = TRUST_WORD + 1;
+const SEQUENCE_WORD: usize = GENERATION_WORD + 1;
 
 /// What a live map belongs to. One with another binding says nothing about the layer as it is now.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -66,6 +71,17 @@ pub fn current_boot() -> Result<BootId> {
     const PATH: &str = "/proc/sys/kernel/random/boot_id";
     let text = std::fs::read_to_string(PATH).context(|| format!("read {PATH}"))?;
     text.trim().replace('-', "").parse()
+}
+
+/// What was found in the place of a live map.
+#[derive(Debug)]
+pub enum TakeUp {
+    /// The map that belongs to the layer as it is, and a copy of its states.
+    Taken(LiveMap, SparseStates),
+    /// That map, but a failed sync made it worthless.
+    Distrusted,
+    /// None, or one that belongs to something else.
+    Missing,
 }
 
 /// The live map of one open overlay.
@@ -108,21 +124,29 @@ impl LiveMap {
         Ok(live)
     }
 
-    /// Takes up the map that an earlier process left, and a private copy of its states. `None` if there is none, if it
-    /// is bound to something else, or if a failed sync made it worthless.
+    /// Takes up the map that an earlier process left, with a private copy of its states, over a durable map that has come
+    /// to `position`.
     ///
     /// # Errors
     /// If the file cannot be read; [`ErrorKind::Corrupt`] if it holds what no cowdisk writes; [`ErrorKind::Busy`] if it
     /// is in use.
-    pub fn take_up(path: &Path, binding: Binding, pages: u64) -> Result<Option<(Self, SparseStates)>> {
-        let Some(file) = open_if_there(path)? else { return Ok(None) };
+    pub fn take_up(path: &Path, binding: Binding, position: Position, pages: u64) -> Result<TakeUp> {
+        let Some(file) = open_if_there(path)? else { return Ok(TakeUp::Missing) };
         lock(path, &file)?;
-        let Some(states) = read_states(path, &file, binding, pages)? else { return Ok(None) };
+        match read_header(path, &file, binding)? {
+            Header::Trusted(noted)
+                if noted.generation <= position.generation
+                    && noted.next_sequence <= position.next_sequence => {}
+            // The layer's files are older than this map: somebody put a backup of them in their place.
+            Header::Trusted(_) | Header::Foreign => return Ok(TakeUp::Missing),
+            Header::Distrusted => return Ok(TakeUp::Distrusted),
+        }
+        let states = read_pages(path, &file, pages)?;
         let live = Self::over(path, file, pages)?;
         for (page, _) in states.pages() {
             live.reserve(page)?;
         }
-        Ok(Some((live, states)))
+        Ok(TakeUp::Taken(live, states))
     }
 
     fn over(path: &Path, file: File, pages: u64) -> Result<Self> {
@@ -201,13 +225,23 @@ impl LiveMap {
         copy
     }
 
+    fn header_word(&self, word: usize) -> &AtomicU64 {
+        assert!(word < HEADER_BYTES / 8);
+        // SAFETY: the word lies within the header, the first 4 KiB of the mapping, which is aligned to 4 KiB, lives as
+        // long as `self` and is reserved. After its creation the header is accessed by atomics and system calls only.
+        unsafe { &*self.map.as_mut_ptr().cast::<AtomicU64>().add(word) }
+    }
+
     /// Says that the states in this map may name data that a failed sync has lost: the next opening uses the durable
     /// map instead.
-    pub fn distrust(&self) -> Result<()> {
-        let place = (TRUST_WORD * 8) as u64;
-        self.file
-            .write_all_at(&DISTRUSTED.to_le_bytes(), place)
-            .context(|| format!("mark live map {}", self.path.display()))
+    pub fn distrust(&self) {
+        self.header_word(TRUST_WORD).store(DISTRUSTED, Ordering::Release);
+    }
+
+    /// Notes how far the durable map has come: over an older one this map will not be taken up.
+    pub fn note_durable(&self, position: Position) {
+        self.header_word(GENERATION_WORD).store(position.generation, Ordering::Release);
+        self.header_word(SEQUENCE_WORD).store(position.next_sequence, Ordering::Release);
     }
 
     /// Removes the file: the layer was closed cleanly.
@@ -216,21 +250,46 @@ impl LiveMap {
     }
 }
 
-/// Reads the states of a live map, which another process may be changing; `None` if it is not bound to `binding`.
+/// Reads the states of a live map, which another process may be changing; `None` if it is not bound to `binding`, or not
+/// to be trusted.
 ///
 /// # Errors
 /// If the file cannot be read; [`ErrorKind::Corrupt`] if it holds what no cowdisk writes.
 pub fn read_states(path: &Path, file: &File, binding: Binding, pages: u64) -> Result<Option<SparseStates>> {
-    let name = path.display();
+    match read_header(path, file, binding)? {
+        Header::Trusted(_) => read_pages(path, file, pages).map(Some),
+        Header::Distrusted | Header::Foreign => Ok(None),
+    }
+}
+
+/// What the header of a live map says.
+enum Header {
+    /// Bound to the layer as it is; the states build upon a durable map that had come so far.
+    Trusted(Position),
+    /// Bound to it, but a failed sync made it worthless.
+    Distrusted,
+    /// Bound to something else, or to nothing.
+    Foreign,
+}
+
+fn read_header(path: &Path, file: &File, binding: Binding) -> Result<Header> {
     let mut header = [0; HEADER_BYTES];
     match file.read_exact_at(&mut header, 0) {
-        Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => return Ok(None),
-        other => other.context(|| format!("read live map {name}"))?,
+        Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => return Ok(Header::Foreign),
+        other => other.context(|| format!("read live map {}", path.display()))?,
     }
-    let distrusted = header[TRUST_WORD * 8..][..8] != [0; 8];
-    if header[..BINDING_BYTES] != binding.encode() || distrusted {
-        return Ok(None);
-    }
+    let word = |at: usize| u64::from_le_bytes(header[at * 8..][..8].try_into().expect("8 bytes"));
+    Ok(if header[..BINDING_BYTES] != binding.encode() {
+        Header::Foreign
+    } else if word(TRUST_WORD) != 0 {
+        Header::Distrusted
+    } else {
+        Header::Trusted(Position { generation: word(GENERATION_WORD), next_sequence: word(SEQUENCE_WORD) })
+    })
+}
+
+fn read_pages(path: &Path, file: &File, pages: u64) -> Result<SparseStates> {
+    let name = path.display();
     let mut states = SparseStates::default();
     let mut at = HEADER_BYTES as u64;
     while let Some(data) = next_data(file, at).context(|| format!("read live map {name}"))? {
@@ -252,7 +311,7 @@ pub fn read_states(path: &Path, file: &File, binding: Binding, pages: u64) -> Re
         states.insert_page(page, words);
         at += PAGE_BYTES as u64;
     }
-    Ok(Some(states))
+    Ok(states)
 }
 
 fn next_data(file: &File, offset: u64) -> io::Result<Option<u64>> {

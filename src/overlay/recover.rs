@@ -4,7 +4,9 @@
 //! |---|---|---|
 //! | no session in the superblock | closed cleanly, or never written to | durable map |
 //! | a session, and a live map bound to it and to this boot | the daemon died | live map; where the durable map differs, the next flush commits |
-//! | a session without such a live map | the host went down, or a sync had failed | durable map |
+//! | a session of an earlier boot | the host went down | durable map |
+//! | a session of this boot, its live map marked worthless | a sync had failed | durable map, and what the disk, not the cache, holds |
+//! | a session of this boot, and no live map of it | somebody removed it, or put a backup in the layer's place | none: refused, unless the caller accepts the loss |
 
 use std::path::Path;
 use std::sync::atomic::AtomicU64;
@@ -15,7 +17,7 @@ use super::block_locks::BlockLocks;
 use super::blocks::Blocks;
 use super::commit::extend;
 use super::durable_map::DurableMap;
-use super::live_map::{Binding, LiveMap, current_boot};
+use super::live_map::{Binding, LiveMap, TakeUp, current_boot};
 use super::states::SparseStates;
 use super::{LayerFiles, Overlay};
 use crate::error::{Context, Error, ErrorKind, Result};
@@ -27,21 +29,50 @@ impl Overlay {
     /// made, in a folder that only we can enter. The caller sees to it that nobody else has the overlay open.
     ///
     /// # Errors
-    /// [`ErrorKind::Corrupt`] if the map is damaged, if `base` is not what the overlay was made over, or if data that
-    /// the map names is missing; [`ErrorKind::NoSpace`] if the live map does not fit its tmpfs.
+    /// [`ErrorKind::Corrupt`] if the map is damaged, if `base` is not what the overlay was made over, if data that the
+    /// map names is missing, or if the live map that holds the last writes is gone; [`ErrorKind::NoSpace`] if the live
+    /// map does not fit its tmpfs; [`ErrorKind::Busy`] if it is in use.
     pub fn open(name: &str, files: LayerFiles, base: BaseImage, live_map: &Path) -> Result<Self> {
-        open(name, files, base, live_map).context(|| format!("open disk {name}"))
+        open(name, files, base, live_map, WhenLost::Refuse).context(|| format!("open disk {name}"))
+    }
+
+    /// Like [`Overlay::open`], but where the live map is gone it goes back to the last completed flush, as after a crash
+    /// of the host.
+    ///
+    /// # Errors
+    /// Those of [`Overlay::open`].
+    pub fn open_accepting_loss(
+        name: &str,
+        files: LayerFiles,
+        base: BaseImage,
+        live_map: &Path,
+    ) -> Result<Self> {
+        open(name, files, base, live_map, WhenLost::Accept).context(|| format!("open disk {name}"))
     }
 }
 
-fn open(name: &str, files: LayerFiles, base: BaseImage, live_map: &Path) -> Result<Overlay> {
+/// What to do where the live map of this boot is gone, and with it writes that were answered but not flushed.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum WhenLost {
+    Refuse,
+    Accept,
+}
+
+fn open(
+    name: &str,
+    files: LayerFiles,
+    base: BaseImage,
+    live_map: &Path,
+    when_lost: WhenLost,
+) -> Result<Overlay> {
     let latch = Latch::new();
     let data = LatchedStorage::new(files.data, latch.clone());
     let map = LatchedStorage::new(files.map, latch.clone());
-    // What a killed daemon wrote may be in the host's page cache only. Whatever is built upon what is read from now on
-    // (an empty difference to the live map, a copy of the superblock that is not written first) needs it on the disk.
+    // What a killed daemon wrote may be in the host's page cache only, and what a failed sync left there never reached
+    // the disk: what is read from now on is on it (I10).
     map.sync()?;
-    let (durable, states) = DurableMap::load(map)?;
+    map.drop_cache()?;
+    let (mut durable, states) = DurableMap::load(map)?;
     let superblock = durable.superblock().clone();
     let geometry = superblock.geometry;
     check_base(&superblock, &base)?;
@@ -49,25 +80,30 @@ fn open(name: &str, files: LayerFiles, base: BaseImage, live_map: &Path) -> Resu
     let boot = current_boot()?;
     let pages = page_count(geometry);
     let left_behind = Binding { layer: superblock.layer, session: superblock.session, boot };
-    let taken_up = match superblock.session {
-        SessionId::NONE => None,
-        _ => LiveMap::take_up(live_map, left_behind, pages)?,
+    let found = match superblock.session {
+        SessionId::NONE => TakeUp::Missing,
+        _ => LiveMap::take_up(live_map, left_behind, durable.position(), pages)?,
     };
-    let map = match taken_up {
-        Some((live, live_states)) => {
-            log::info!("disk {name}: taking up where an earlier daemon left off");
-            check_data(&data, geometry.block_bytes(), &live_states)?;
-            AllocMap::new(live, left_behind, durable, states.differing_spans(&live_states))
-        }
-        None => {
-            if superblock.session != SessionId::NONE {
-                log::warn!("disk {name}: was not closed; what was written after its last flush may be gone");
+    let map = if let TakeUp::Taken(live, live_states) = found {
+        log::info!("disk {name}: taking up where an earlier daemon left off");
+        check_data(&data, geometry.block_bytes(), &live_states)?;
+        AllocMap::new(live, left_behind, durable, states.differing_spans(&live_states))
+    } else {
+        if superblock.session != SessionId::NONE {
+            let lost = matches!(found, TakeUp::Missing) && superblock.boot == boot;
+            if lost && when_lost == WhenLost::Refuse {
+                return Err(live_map_is_gone(live_map));
             }
-            check_data(&data, geometry.block_bytes(), &states)?;
-            let binding = Binding { layer: superblock.layer, session: SessionId::random()?, boot };
-            let live = LiveMap::create(live_map, binding, pages, &states)?;
-            AllocMap::new(live, binding, durable, Vec::new())
+            log::warn!("disk {name}: was not closed; what was written after its last flush may be gone");
+            data.sync()?;
+            data.drop_cache()?;
+            // From here on the last session is over: a crash before the next one begins loses nothing more.
+            durable.end_session()?;
         }
+        check_data(&data, geometry.block_bytes(), &states)?;
+        let binding = Binding { layer: superblock.layer, session: SessionId::random()?, boot };
+        let live = LiveMap::create(live_map, binding, pages, &states)?;
+        AllocMap::new(live, binding, durable, Vec::new())
     };
     extend(&data, geometry.data_bytes())?;
     Ok(Overlay {
@@ -80,6 +116,13 @@ fn open(name: &str, files: LayerFiles, base: BaseImage, live_map: &Path) -> Resu
         flush_tickets: AtomicU64::new(0),
         flushed_tickets: AtomicU64::new(0),
     })
+}
+
+fn live_map_is_gone(path: &Path) -> Error {
+    let message =
+        format!("its live map {} is gone, and with it what was written since the last flush", path.display());
+    Error::new(ErrorKind::Corrupt, message)
+        .with_hint("bring it back, or mount with -o accept_loss to go back to the last flush")
 }
 
 fn check_base(superblock: &Superblock, base: &BaseImage) -> Result<()> {

@@ -94,6 +94,11 @@ impl Storage for FileStorage {
         rustix::fs::fdatasync(&self.file).context(|| format!("sync {}", self.name))
     }
 
+    fn drop_cache(&self) -> Result<()> {
+        rustix::fs::fadvise(&self.file, 0, None, rustix::fs::Advice::DontNeed)
+            .context(|| format!("drop the cache of {}", self.name))
+    }
+
     fn set_len(&self, len: u64) -> Result<()> {
         self.file.set_len(len).context(|| format!("set the size of {} to {len} bytes", self.name))
     }

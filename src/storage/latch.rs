@@ -95,6 +95,10 @@ impl Storage for LatchedStorage {
         self.closing(self.inner.sync())
     }
 
+    fn drop_cache(&self) -> Result<()> {
+        self.inner.drop_cache()
+    }
+
     fn set_len(&self, len: u64) -> Result<()> {
         self.latch.check()?;
         self.inner.set_len(len)

@@ -38,6 +38,11 @@ pub trait Storage: Send + Sync + Debug {
     /// yet durable is unknown, and a second call that succeeds proves nothing: see [`LatchedStorage`].
     fn sync(&self) -> Result<()>;
 
+    /// Forgets what the host's cache holds of the array, so that the next read shows what is on the disk. Called after
+    /// [`Storage::sync`]: what a failed sync of an earlier process left in the cache, and only there, must not be taken
+    /// for durable.
+    fn drop_cache(&self) -> Result<()>;
+
     /// Sets the end. What lies beyond a smaller end is gone; a larger one adds a hole.
     fn set_len(&self, len: u64) -> Result<()>;
 

@@ -112,10 +112,10 @@ impl Dir {
             .context(|| format!("create folder {}", self.path_of(name).display()))
     }
 
-    /// The inode number of this folder.
-    pub(super) fn inode(&self) -> Result<u64> {
+    /// The numbers of this folder's device and inode.
+    pub(super) fn device_and_inode(&self) -> Result<(u64, u64)> {
         let stat = rustix::fs::fstat(&self.fd).context(|| format!("look up {}", self.path.display()))?;
-        Ok(stat.st_ino)
+        Ok((stat.st_dev, stat.st_ino))
     }
 
     /// What is under that name, without following a link; `None` if nothing is.

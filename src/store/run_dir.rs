@@ -4,8 +4,9 @@
 //! boot must find it, whatever its environment says. The first process of a boot that needs the folder therefore writes
 //! down in the store which one it took (`run.json`), and all others of that boot take the same.
 //!
-//! A copy of a store has its uuid, and a copy of that note. So the folder's name holds the inode number of the store's
-//! own folder too, and a note that names another folder is not for this store.
+//! A copy of a store has its uuid, and a copy of that note; a snapshot of its file system has its inode numbers as well.
+//! So the folder's name holds the device and inode numbers of the store's own folder too, and a note that names another
+//! folder is not for this store.
 
 use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
@@ -32,7 +33,7 @@ impl Store {
     /// The folder of this boot's live maps, made if need be: 0700 and ours.
     ///
     /// It is `$COWDISK_RUN_DIR`, `/run/cowdisk`, `/dev/shm/cowdisk-UID` or `$XDG_RUNTIME_DIR/cowdisk`, the first that
-    /// is in memory and that we may write to, and in it a folder with the store's uuid and inode number.
+    /// is in memory and that we may write to, and in it a folder with the store's uuid, device and inode number.
     ///
     /// # Errors
     /// [`ErrorKind::Busy`] if `$COWDISK_RUN_DIR` names another folder than the one in use since the host's boot;
@@ -117,7 +118,8 @@ impl Store {
     }
 
     fn run_dir_name(&self) -> Result<String> {
-        Ok(format!("{}-{:x}", self.uuid(), self.root.inode()?))
+        let (device, inode) = self.root.device_and_inode()?;
+        Ok(format!("{}-{device:x}-{inode:x}", self.uuid()))
     }
 
     /// The folder that the caller or the environment asks for.

@@ -1,6 +1,7 @@
 //! Threads for requests that wait for the host's disk, such as a sync, so that reads and writes do not queue up behind
 //! them.
 
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::thread::JoinHandle;
@@ -52,7 +53,8 @@ fn work(queue: &Mutex<Receiver<Task>>) {
         // A statement of its own, so that the lock is free before the task runs.
         let task = queue.lock().recv();
         match task {
-            Ok(task) => task(),
+            // A task answers for its own panics; should one get through, the thread must still serve the next.
+            Ok(task) => drop(catch_unwind(AssertUnwindSafe(task))),
             Err(_no_more) => return,
         }
     }
@@ -87,6 +89,15 @@ mod tests {
         }
         drop(lane);
         assert_eq!(done.load(Ordering::SeqCst), 100);
+    }
+
+    #[test]
+    fn a_panic_in_a_task_does_not_cost_the_thread() {
+        let lane = SlowLane::start(1).unwrap();
+        let (sender, receiver) = channel();
+        lane.run(|| panic!("on purpose"));
+        lane.run(move || sender.send(7).unwrap());
+        assert_eq!(receiver.recv().unwrap(), 7);
     }
 
     #[test]

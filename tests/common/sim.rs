@@ -229,7 +229,16 @@ impl Storage for SimFile {
     fn write_durable_at(&self, offset: u64, buf: &[u8]) -> Result<()> {
         // Two steps, so that a crash can fall between them and leave the write torn.
         self.write_at(offset, buf)?;
-        self.host.step("write through")?;
+        if let Err(error) = self.host.step("write through") {
+            // As after a failed sync: the cache shows it, the disk does not have it, nobody will write it.
+            let mut state = self.state.lock();
+            for index in offset / SECTOR..(offset + buf.len() as u64).div_ceil(SECTOR) {
+                if let Some(versions) = state.pending.remove(&index) {
+                    state.phantom.insert(index, *versions.last().expect("never empty"));
+                }
+            }
+            return Err(error);
+        }
         let mut state = self.state.lock();
         for index in offset / SECTOR..(offset + buf.len() as u64).div_ceil(SECTOR) {
             if let Some(versions) = state.pending.remove(&index) {
@@ -260,6 +269,11 @@ impl Storage for SimFile {
         state.durable_len = state.len();
         state.pending_len.clear();
         outcome
+    }
+
+    fn drop_cache(&self) -> Result<()> {
+        self.state.lock().phantom.clear();
+        Ok(())
     }
 
     fn set_len(&self, len: u64) -> Result<()> {

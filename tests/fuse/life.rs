@@ -312,6 +312,53 @@ fn a_failed_request_is_logged_once_with_what_it_was() {
     assert!(warnings[0].contains("lookup inode 0x") && warnings[0].contains("web"), "{warnings:?}");
 }
 
+/// A process in a mount namespace of its own, which keeps the mounts that it saw at its start; ended when dropped.
+struct OtherNamespace(std::process::Child);
+
+impl OtherNamespace {
+    fn run(script: &str) -> Self {
+        let mut child = std::process::Command::new("unshare")
+            .args(["--mount", "--propagation", "private", "sh", "-c"])
+            .arg(format!("{script}; echo there; exec sleep 1000"))
+            .stdout(std::process::Stdio::piped())
+            .spawn()
+            .unwrap();
+        let mut word = [0; 6];
+        std::io::Read::read_exact(child.stdout.as_mut().unwrap(), &mut word).unwrap();
+        Self(child)
+    }
+}
+
+impl Drop for OtherNamespace {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+#[test]
+fn a_mount_that_lives_on_unused_in_another_namespace_does_not_keep_the_daemon() {
+    let mut mount = TestMount::new();
+    open(&mount.disk()).write_all_at(&[0x31; 4096], 0).unwrap();
+    let _other = OtherNamespace::run("true");
+    mount.unmount().unwrap();
+    mount.mount().unwrap();
+    assert_eq!(std::fs::read(mount.disk()).unwrap()[0], 0x31);
+}
+
+#[test]
+fn unmounting_names_who_holds_a_disk_in_another_namespace() {
+    let mut mount = TestMount::new();
+    let other = OtherNamespace::run(&format!("exec 3< {}", mount.disk().display()));
+    let error = daemon::unmount(&mount.mountpoint()).unwrap_err();
+    let text = text_of(&error);
+    assert_eq!(error.kind(), ErrorKind::Busy, "{text}");
+    assert!(text.contains(&format!("process {}", other.0.id())), "{text}");
+    assert!(std::fs::metadata(mount.disk()).is_ok(), "nothing was changed");
+    drop(other);
+    mount.unmount().unwrap();
+}
+
 /// Lets everyone use FUSE, as distributions do, and takes that back when dropped.
 struct FuseForAll(std::fs::Permissions);
 

@@ -48,7 +48,7 @@ fn an_open_disk_is_neither_opened_again_nor_removed() {
     drop((disk, serving));
     t.store.remove_instance(&name("web-3")).unwrap();
     assert_eq!(t.names("instances").len() + t.names("tmp").len(), 0);
-    let maps: Vec<_> = std::fs::read_dir(t.run.path().join(t.store.uuid())).unwrap().collect();
+    let maps: Vec<_> = std::fs::read_dir(t.store.run_dir().unwrap()).unwrap().collect();
     assert_eq!(maps.len(), 0, "its live maps are gone too");
     t.refuses(ErrorKind::NotFound, "web-3", |store| store.remove_instance(&name("web-3")));
 }

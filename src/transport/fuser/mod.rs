@@ -1,7 +1,7 @@
 //! The transport on the crate `fuser`: portable, and the measure for the others.
 //!
 //! A request that only touches memory and the data of a disk is answered by the thread that read it; one that may wait
-//! for a sync of the host's disk (open, release, fsync, a durable write) goes to the [slow lane](super::slow_lane).
+//! for a sync of the host's disk (open, release, fsync, a durable write) goes to the slow lane, `slow_lane.rs`.
 
 mod buffer;
 mod convert;

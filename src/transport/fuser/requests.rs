@@ -15,8 +15,10 @@ use fuser::{
 use super::Server;
 use super::buffer::with_buffer;
 use super::convert::{GENERATION, file_flags, to_file_type, to_kernel, to_set_time};
-use crate::fs::{AttributeChanges, Attributes, Errno, HandleId, OpenMode, Outcome, Statistics, WriteMode};
-use crate::transport::about::About;
+use crate::fs::{
+    AttributeChanges, Attributes, Errno, HandleId, NumberedEntry, OpenMode, Outcome, Statistics, WriteMode,
+};
+use crate::transport::about::{About, guarded};
 
 fn about(operation: &'static str, ino: INodeNo) -> About {
     About::new(operation, ino.0)
@@ -33,7 +35,7 @@ fn errno(errno: Errno) -> fuser::Errno {
 /// Answers with what `$outcome` holds, or with its errno.
 macro_rules! answer {
     ($about:expr, $reply:ident, $outcome:expr, $ok:expr) => {
-        match $outcome {
+        match guarded(|| $outcome) {
             Ok(value) => $ok(value),
             Err(failure) => $reply.error(errno($about.failed(&failure))),
         }
@@ -240,9 +242,10 @@ impl fuser::Filesystem for Server {
         mut reply: ReplyDirectory,
     ) {
         let about = about("readdir", ino);
-        let outcome = self.fs.read_directory(HandleId(handle.0), offset, &mut |entry, next| {
+        let mut add = |entry: &NumberedEntry, next| {
             reply.add(INodeNo(entry.ino), next, to_file_type(entry.kind), &entry.name)
-        });
+        };
+        let outcome = guarded(|| self.fs.read_directory(HandleId(handle.0), offset, &mut add));
         answer!(about, reply, outcome, |()| reply.ok());
     }
 
@@ -255,14 +258,12 @@ impl fuser::Filesystem for Server {
         mut reply: ReplyDirectoryPlus,
     ) {
         let about = about("readdirplus", ino);
-        let outcome = self.fs.read_directory_with_attributes(
-            HandleId(handle.0),
-            offset,
-            &mut |name, attributes, next| {
-                let (trusted, file) = (attributes.trusted_for(), to_kernel(attributes));
-                reply.add(file.ino, next, name, &trusted, &file, GENERATION)
-            },
-        );
+        let mut add = |name: &str, attributes: &Attributes, next| {
+            let (trusted, file) = (attributes.trusted_for(), to_kernel(attributes));
+            reply.add(file.ino, next, name, &trusted, &file, GENERATION)
+        };
+        let outcome =
+            guarded(|| self.fs.read_directory_with_attributes(HandleId(handle.0), offset, &mut add));
         answer!(about, reply, outcome, |()| reply.ok());
     }
 
@@ -324,11 +325,11 @@ impl fuser::Filesystem for Server {
     }
 
     fn getxattr(&self, _request: &Request, ino: INodeNo, name: &OsStr, size: u32, reply: ReplyXattr) {
-        answer_xattr(about("getxattr", ino), size, self.fs.xattr(ino.0, name), reply);
+        answer_xattr(about("getxattr", ino), size, guarded(|| self.fs.xattr(ino.0, name)), reply);
     }
 
     fn listxattr(&self, _request: &Request, ino: INodeNo, size: u32, reply: ReplyXattr) {
-        answer_xattr(about("listxattr", ino), size, self.fs.xattr_names(ino.0), reply);
+        answer_xattr(about("listxattr", ino), size, guarded(|| self.fs.xattr_names(ino.0)), reply);
     }
 
     fn removexattr(&self, _request: &Request, ino: INodeNo, name: &OsStr, reply: ReplyEmpty) {

@@ -5,7 +5,7 @@
 
 use std::collections::HashMap;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, Ordering, fence};
 
 use parking_lot::{Condvar, Mutex};
 
@@ -35,8 +35,10 @@ impl std::fmt::Display for DiskKey {
 pub struct OpenDisk {
     key: DiskKey,
     disk: Disk,
-    /// Whether something was written since the last flush began. Relaxed: it only decides whether the background
-    /// flush has something to do, the disk itself orders writes and flushes.
+    /// Whether something was written since the last flush began; only the background flush asks. It is set when a
+    /// change has *ended*: set at its beginning only, a flush that runs beside the change would clear it without making
+    /// the change durable. A change sees that it is clear, or the flush that clears it covers the change: each side
+    /// has a fence between the flag and the disk.
     dirty: AtomicBool,
 }
 
@@ -46,13 +48,15 @@ impl OpenDisk {
         &self.disk
     }
 
-    /// The disk, to change.
-    pub fn disk_to_change(&self) -> &Disk {
+    /// Changes the disk. What it changes, even if it fails, the next background flush makes durable.
+    pub fn change<R>(&self, change: impl FnOnce(&Disk) -> R) -> R {
+        let result = change(&self.disk);
+        fence(Ordering::SeqCst);
         // Looked at first: a store to a line that every writer shares costs more than a load.
         if !self.dirty.load(Ordering::Relaxed) {
             self.dirty.store(true, Ordering::Relaxed);
         }
-        &self.disk
+        result
     }
 
     /// Makes all completed writes durable.
@@ -61,6 +65,7 @@ impl OpenDisk {
     /// Those of the disk; it then refuses writes until it is opened again.
     pub fn flush(&self) -> Result<()> {
         self.dirty.store(false, Ordering::Relaxed);
+        fence(Ordering::SeqCst);
         self.disk.flush().inspect_err(|error| {
             // A failed sync stays failed until the disk is opened again; only for want of room is it worth another try.
             if error.kind() == ErrorKind::NoSpace {
@@ -217,5 +222,40 @@ impl OpenDisks {
     /// Does the housekeeping of every disk that asks for it.
     pub fn checkpoint_due(&self) -> Vec<Error> {
         self.for_each(OpenDisk::checkpoint_if_due)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::store::PlainDisk;
+
+    fn key(instance: &str) -> DiskKey {
+        DiskKey { instance: instance.parse().unwrap(), disk: DiskName::Root, id: LayerId::random().unwrap() }
+    }
+
+    /// A disk of 1 MiB.
+    fn disk() -> Disk {
+        let file = tempfile::tempfile().unwrap();
+        file.set_len(1 << 20).unwrap();
+        Disk::Plain(PlainDisk::open("web/disk", file).unwrap())
+    }
+
+    /// The flag was set only before a write: a flush that ran beside the write cleared it, and the write waited for the
+    /// next one to be made durable.
+    #[test]
+    fn a_write_that_ends_after_a_flush_has_begun_is_left_to_the_next_flush() {
+        let disks = OpenDisks::default();
+        let open = disks.acquire(&key("web"), || Ok(disk())).unwrap();
+        open.change(|disk| disk.write_at(0, b"first")).unwrap();
+        open.change(|disk| {
+            open.flush().unwrap();
+            disk.write_at(512, b"second")
+        })
+        .unwrap();
+        assert!(open.dirty.load(Ordering::Relaxed));
+        open.flush_if_dirty().unwrap();
+        assert!(!open.dirty.load(Ordering::Relaxed));
+        disks.release(open).unwrap();
     }
 }

@@ -146,10 +146,7 @@ impl OpenDisks {
 
     /// Calls `look` with the disk of `key` if it is open.
     pub fn look<R>(&self, key: &DiskKey, look: impl FnOnce(&OpenDisk) -> R) -> Option<R> {
-        let disk = match self.states.lock().get(key) {
-            Some(State::Open { disk, .. }) => Arc::clone(disk),
-            Some(State::Opening | State::Closing) | None => return None,
-        };
+        let disk = self.open_now(key)?;
         let result = look(&disk);
         if let Err(error) = self.put(disk) {
             log::error!("{error}");
@@ -195,23 +192,25 @@ impl OpenDisks {
         result
     }
 
-    /// Calls `work` for every open disk, one after another; returns what went wrong.
+    /// Calls `work` for every open disk, one after another; returns what went wrong. A disk is held only during its own
+    /// turn: whoever releases another one meanwhile closes it at once, and can open it again.
     fn for_each(&self, work: impl Fn(&OpenDisk) -> Result<()>) -> Vec<Error> {
-        let disks: Vec<_> = self
-            .states
-            .lock()
-            .values()
-            .filter_map(|state| match state {
-                State::Open { disk, .. } => Some(Arc::clone(disk)),
-                State::Opening | State::Closing => None,
-            })
-            .collect();
+        let keys: Vec<DiskKey> = self.states.lock().keys().cloned().collect();
         let mut errors = Vec::new();
-        for disk in disks {
-            errors.extend(work(&disk).context(|| format!("{}", disk.key)).err());
+        for key in keys {
+            let Some(disk) = self.open_now(&key) else { continue };
+            errors.extend(work(&disk).context(|| key.to_string()).err());
             errors.extend(self.put(disk).err());
         }
         errors
+    }
+
+    /// The disk of `key` if it is open. To be [`put`](Self::put) back.
+    fn open_now(&self, key: &DiskKey) -> Option<Arc<OpenDisk>> {
+        match self.states.lock().get(key) {
+            Some(State::Open { disk, .. }) => Some(Arc::clone(disk)),
+            Some(State::Opening | State::Closing) | None => None,
+        }
     }
 
     /// Flushes every disk that was written since its last flush.
@@ -257,5 +256,34 @@ mod tests {
         open.flush_if_dirty().unwrap();
         assert!(!open.dirty.load(Ordering::Relaxed));
         disks.release(open).unwrap();
+    }
+
+    /// The background flush held all disks from its beginning to its end, so that closing one waited for the flushes of
+    /// all others.
+    #[test]
+    fn a_disk_is_closed_and_opened_again_while_the_background_flushes_another() {
+        let disks = OpenDisks::default();
+        let keys = [key("web"), key("db")];
+        for key in &keys {
+            disks.acquire(key, || Ok(disk())).unwrap();
+        }
+        let turns = std::cell::RefCell::new(Vec::new());
+        let errors = disks.for_each(|open| {
+            if turns.borrow().is_empty() {
+                let other = keys.iter().find(|key| **key != open.key).unwrap();
+                disks.release(disks.open_now(other).unwrap()).unwrap();
+                let opened_anew = std::cell::Cell::new(false);
+                let again = || {
+                    opened_anew.set(true);
+                    Ok(disk())
+                };
+                disks.acquire(other, again).unwrap();
+                assert!(opened_anew.get(), "it was closed");
+            }
+            turns.borrow_mut().push(open.key.clone());
+            Ok(())
+        });
+        assert!(errors.is_empty());
+        assert_eq!(turns.borrow().len(), 2);
     }
 }

@@ -106,6 +106,31 @@ pub struct OpenDisks {
     changed: Condvar,
 }
 
+/// A disk that this thread opens or closes. Dropped, even by a panic, it leaves the disk closed and lets others try.
+struct InChange<'a> {
+    disks: &'a OpenDisks,
+    key: DiskKey,
+}
+
+impl InChange<'_> {
+    /// The disk is open, with one handle.
+    fn end_open(self, disk: &Arc<OpenDisk>) {
+        let open = State::Open { disk: Arc::clone(disk), handles: 1 };
+        self.disks.states.lock().insert(self.key.clone(), open);
+    }
+}
+
+impl Drop for InChange<'_> {
+    fn drop(&mut self) {
+        let mut states = self.disks.states.lock();
+        if let Some(State::Opening | State::Closing) = states.get(&self.key) {
+            states.remove(&self.key);
+        }
+        drop(states);
+        self.disks.changed.notify_all();
+    }
+}
+
 impl OpenDisks {
     /// The disk of `key` for one more handle; opens it with `open` if it is not open. Waits while another thread opens
     /// or closes it.
@@ -126,22 +151,10 @@ impl OpenDisks {
         }
         states.insert(key.clone(), State::Opening);
         drop(states);
-        let opened = open();
-        let mut states = self.states.lock();
-        let result = match opened {
-            Ok(disk) => {
-                let disk = Arc::new(OpenDisk { key: key.clone(), disk, dirty: AtomicBool::new(false) });
-                states.insert(key.clone(), State::Open { disk: Arc::clone(&disk), handles: 1 });
-                Ok(disk)
-            }
-            Err(error) => {
-                states.remove(key);
-                Err(error)
-            }
-        };
-        drop(states);
-        self.changed.notify_all();
-        result
+        let in_change = InChange { disks: self, key: key.clone() };
+        let disk = Arc::new(OpenDisk { key: key.clone(), disk: open()?, dirty: AtomicBool::new(false) });
+        in_change.end_open(&disk);
+        Ok(disk)
     }
 
     /// Calls `look` with the disk of `key` if it is open.
@@ -185,11 +198,8 @@ impl OpenDisks {
     /// Lets go of a disk: whoever is the last to do so closes it.
     fn put(&self, disk: Arc<OpenDisk>) -> Result<()> {
         let Some(last) = Arc::into_inner(disk) else { return Ok(()) };
-        let key = last.key;
-        let result = last.disk.close().context(|| format!("close {key}"));
-        self.states.lock().remove(&key);
-        self.changed.notify_all();
-        result
+        let closing = InChange { disks: self, key: last.key };
+        last.disk.close().context(|| format!("close {}", closing.key))
     }
 
     /// Calls `work` for every open disk, one after another; returns what went wrong. A disk is held only during its own
@@ -285,5 +295,17 @@ mod tests {
         });
         assert!(errors.is_empty());
         assert_eq!(turns.borrow().len(), 2);
+    }
+
+    /// A panic left the disk in the state of being opened: whoever wanted it later waited forever.
+    #[test]
+    fn a_panic_while_a_disk_is_opened_leaves_it_to_the_next_who_wants_it() {
+        let disks = OpenDisks::default();
+        let key = key("web");
+        let panicking = || disks.acquire(&key, || panic!("on purpose")).is_ok();
+        std::panic::catch_unwind(std::panic::AssertUnwindSafe(panicking)).unwrap_err();
+        let open = disks.acquire(&key, || Ok(disk())).unwrap();
+        disks.release(open).unwrap();
+        assert!(disks.states.lock().is_empty());
     }
 }

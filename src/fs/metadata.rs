@@ -64,7 +64,7 @@ impl Fs {
         }
         let key = self.tree.disk_key(node)?;
         let disk = self.disks.acquire(&key, || self.tree.open_disk(&key))?;
-        let grown = disk.disk_to_change().grow(size);
+        let grown = disk.change(|disk| disk.grow(size));
         let closed = self.disks.release(disk);
         grown?;
         Ok(closed?)

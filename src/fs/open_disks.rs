@@ -5,7 +5,7 @@
 
 use std::collections::HashMap;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, Ordering, fence};
 
 use parking_lot::{Condvar, Mutex};
 
@@ -35,8 +35,10 @@ impl std::fmt::Display for DiskKey {
 pub struct OpenDisk {
     key: DiskKey,
     disk: Disk,
-    /// Whether something was written since the last flush began. Relaxed: it only decides whether the background
-    /// flush has something to do, the disk itself orders writes and flushes.
+    /// Whether something was written since the last flush began; only the background flush asks. It is set when a
+    /// change has *ended*: set at its beginning only, a flush that runs beside the change would clear it without making
+    /// the change durable. A change sees that it is clear, or the flush that clears it covers the change: each side
+    /// has a fence between the flag and the disk.
     dirty: AtomicBool,
 }
 
@@ -46,13 +48,15 @@ impl OpenDisk {
         &self.disk
     }
 
-    /// The disk, to change.
-    pub fn disk_to_change(&self) -> &Disk {
+    /// Changes the disk. What it changes, even if it fails, the next background flush makes durable.
+    pub fn change<R>(&self, change: impl FnOnce(&Disk) -> R) -> R {
+        let result = change(&self.disk);
+        fence(Ordering::SeqCst);
         // Looked at first: a store to a line that every writer shares costs more than a load.
         if !self.dirty.load(Ordering::Relaxed) {
             self.dirty.store(true, Ordering::Relaxed);
         }
-        &self.disk
+        result
     }
 
     /// Makes all completed writes durable.
@@ -61,6 +65,7 @@ impl OpenDisk {
     /// Those of the disk; it then refuses writes until it is opened again.
     pub fn flush(&self) -> Result<()> {
         self.dirty.store(false, Ordering::Relaxed);
+        fence(Ordering::SeqCst);
         self.disk.flush().inspect_err(|error| {
             // A failed sync stays failed until the disk is opened again; only for want of room is it worth another try.
             if error.kind() == ErrorKind::NoSpace {
@@ -101,6 +106,31 @@ pub struct OpenDisks {
     changed: Condvar,
 }
 
+/// A disk that this thread opens or closes. Dropped, even by a panic, it leaves the disk closed and lets others try.
+struct InChange<'a> {
+    disks: &'a OpenDisks,
+    key: DiskKey,
+}
+
+impl InChange<'_> {
+    /// The disk is open, with one handle.
+    fn end_open(self, disk: &Arc<OpenDisk>) {
+        let open = State::Open { disk: Arc::clone(disk), handles: 1 };
+        self.disks.states.lock().insert(self.key.clone(), open);
+    }
+}
+
+impl Drop for InChange<'_> {
+    fn drop(&mut self) {
+        let mut states = self.disks.states.lock();
+        if let Some(State::Opening | State::Closing) = states.get(&self.key) {
+            states.remove(&self.key);
+        }
+        drop(states);
+        self.disks.changed.notify_all();
+    }
+}
+
 impl OpenDisks {
     /// The disk of `key` for one more handle; opens it with `open` if it is not open. Waits while another thread opens
     /// or closes it.
@@ -121,30 +151,15 @@ impl OpenDisks {
         }
         states.insert(key.clone(), State::Opening);
         drop(states);
-        let opened = open();
-        let mut states = self.states.lock();
-        let result = match opened {
-            Ok(disk) => {
-                let disk = Arc::new(OpenDisk { key: key.clone(), disk, dirty: AtomicBool::new(false) });
-                states.insert(key.clone(), State::Open { disk: Arc::clone(&disk), handles: 1 });
-                Ok(disk)
-            }
-            Err(error) => {
-                states.remove(key);
-                Err(error)
-            }
-        };
-        drop(states);
-        self.changed.notify_all();
-        result
+        let in_change = InChange { disks: self, key: key.clone() };
+        let disk = Arc::new(OpenDisk { key: key.clone(), disk: open()?, dirty: AtomicBool::new(false) });
+        in_change.end_open(&disk);
+        Ok(disk)
     }
 
     /// Calls `look` with the disk of `key` if it is open.
     pub fn look<R>(&self, key: &DiskKey, look: impl FnOnce(&OpenDisk) -> R) -> Option<R> {
-        let disk = match self.states.lock().get(key) {
-            Some(State::Open { disk, .. }) => Arc::clone(disk),
-            Some(State::Opening | State::Closing) | None => return None,
-        };
+        let disk = self.open_now(key)?;
         let result = look(&disk);
         if let Err(error) = self.put(disk) {
             log::error!("{error}");
@@ -183,30 +198,29 @@ impl OpenDisks {
     /// Lets go of a disk: whoever is the last to do so closes it.
     fn put(&self, disk: Arc<OpenDisk>) -> Result<()> {
         let Some(last) = Arc::into_inner(disk) else { return Ok(()) };
-        let key = last.key;
-        let result = last.disk.close().context(|| format!("close {key}"));
-        self.states.lock().remove(&key);
-        self.changed.notify_all();
-        result
+        let closing = InChange { disks: self, key: last.key };
+        last.disk.close().context(|| format!("close {}", closing.key))
     }
 
-    /// Calls `work` for every open disk, one after another; returns what went wrong.
+    /// Calls `work` for every open disk, one after another; returns what went wrong. A disk is held only during its own
+    /// turn: whoever releases another one meanwhile closes it at once, and can open it again.
     fn for_each(&self, work: impl Fn(&OpenDisk) -> Result<()>) -> Vec<Error> {
-        let disks: Vec<_> = self
-            .states
-            .lock()
-            .values()
-            .filter_map(|state| match state {
-                State::Open { disk, .. } => Some(Arc::clone(disk)),
-                State::Opening | State::Closing => None,
-            })
-            .collect();
+        let keys: Vec<DiskKey> = self.states.lock().keys().cloned().collect();
         let mut errors = Vec::new();
-        for disk in disks {
-            errors.extend(work(&disk).context(|| format!("{}", disk.key)).err());
+        for key in keys {
+            let Some(disk) = self.open_now(&key) else { continue };
+            errors.extend(work(&disk).context(|| key.to_string()).err());
             errors.extend(self.put(disk).err());
         }
         errors
+    }
+
+    /// The disk of `key` if it is open. To be [`put`](Self::put) back.
+    fn open_now(&self, key: &DiskKey) -> Option<Arc<OpenDisk>> {
+        match self.states.lock().get(key) {
+            Some(State::Open { disk, .. }) => Some(Arc::clone(disk)),
+            Some(State::Opening | State::Closing) | None => None,
+        }
     }
 
     /// Flushes every disk that was written since its last flush.
@@ -217,5 +231,81 @@ impl OpenDisks {
     /// Does the housekeeping of every disk that asks for it.
     pub fn checkpoint_due(&self) -> Vec<Error> {
         self.for_each(OpenDisk::checkpoint_if_due)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::store::PlainDisk;
+
+    fn key(instance: &str) -> DiskKey {
+        DiskKey { instance: instance.parse().unwrap(), disk: DiskName::Root, id: LayerId::random().unwrap() }
+    }
+
+    /// A disk of 1 MiB.
+    fn disk() -> Disk {
+        let file = tempfile::tempfile().unwrap();
+        file.set_len(1 << 20).unwrap();
+        Disk::Plain(PlainDisk::open("web/disk", file).unwrap())
+    }
+
+    /// The flag was set only before a write: a flush that ran beside the write cleared it, and the write waited for the
+    /// next one to be made durable.
+    #[test]
+    fn a_write_that_ends_after_a_flush_has_begun_is_left_to_the_next_flush() {
+        let disks = OpenDisks::default();
+        let open = disks.acquire(&key("web"), || Ok(disk())).unwrap();
+        open.change(|disk| disk.write_at(0, b"first")).unwrap();
+        open.change(|disk| {
+            open.flush().unwrap();
+            disk.write_at(512, b"second")
+        })
+        .unwrap();
+        assert!(open.dirty.load(Ordering::Relaxed));
+        open.flush_if_dirty().unwrap();
+        assert!(!open.dirty.load(Ordering::Relaxed));
+        disks.release(open).unwrap();
+    }
+
+    /// The background flush held all disks from its beginning to its end, so that closing one waited for the flushes of
+    /// all others.
+    #[test]
+    fn a_disk_is_closed_and_opened_again_while_the_background_flushes_another() {
+        let disks = OpenDisks::default();
+        let keys = [key("web"), key("db")];
+        for key in &keys {
+            disks.acquire(key, || Ok(disk())).unwrap();
+        }
+        let turns = std::cell::RefCell::new(Vec::new());
+        let errors = disks.for_each(|open| {
+            if turns.borrow().is_empty() {
+                let other = keys.iter().find(|key| **key != open.key).unwrap();
+                disks.release(disks.open_now(other).unwrap()).unwrap();
+                let opened_anew = std::cell::Cell::new(false);
+                let again = || {
+                    opened_anew.set(true);
+                    Ok(disk())
+                };
+                disks.acquire(other, again).unwrap();
+                assert!(opened_anew.get(), "it was closed");
+            }
+            turns.borrow_mut().push(open.key.clone());
+            Ok(())
+        });
+        assert!(errors.is_empty());
+        assert_eq!(turns.borrow().len(), 2);
+    }
+
+    /// A panic left the disk in the state of being opened: whoever wanted it later waited forever.
+    #[test]
+    fn a_panic_while_a_disk_is_opened_leaves_it_to_the_next_who_wants_it() {
+        let disks = OpenDisks::default();
+        let key = key("web");
+        let panicking = || disks.acquire(&key, || panic!("on purpose")).is_ok();
+        std::panic::catch_unwind(std::panic::AssertUnwindSafe(panicking)).unwrap_err();
+        let open = disks.acquire(&key, || Ok(disk())).unwrap();
+        disks.release(open).unwrap();
+        assert!(disks.states.lock().is_empty());
     }
 }

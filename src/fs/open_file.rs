@@ -122,7 +122,7 @@ impl OpenFile {
     pub fn write(&self, offset: u64, data: &[u8], mode: WriteMode) -> Outcome<()> {
         check_alignment(mode.direct, offset, data.len() as u64)?;
         let disk = self.disk_in_range(offset, data.len() as u64)?;
-        disk.disk_to_change().write_at(offset, data)?;
+        disk.change(|disk| disk.write_at(offset, data))?;
         if mode.durable {
             disk.flush()?;
         }
@@ -145,9 +145,9 @@ impl OpenFile {
         const KEEP: i32 = libc::FALLOC_FL_KEEP_SIZE;
         match mode {
             PUNCH | ZERO | ZERO_KEEP => {
-                self.disk_in_range(offset, len)?.disk_to_change().zero(offset, len)?;
+                self.disk_in_range(offset, len)?.change(|disk| disk.zero(offset, len))?;
             }
-            0 | KEEP => self.disk_in_range(offset, len)?.disk_to_change().preallocate(offset, len)?,
+            0 | KEEP => self.disk_in_range(offset, len)?.change(|disk| disk.preallocate(offset, len))?,
             _ => return Err(Errno::NOT_SUPPORTED.into()),
         }
         Ok(())

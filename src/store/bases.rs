@@ -79,7 +79,7 @@ fn fingerprint(file: &File) -> Result<BaseRecord> {
 
 impl Store {
     /// Gives a sealed draft its place, unless a base of the same content is there already; then the draft vanishes. One
-    /// that is there but damaged is replaced.
+    /// that is there but damaged is replaced, in an order in which there is a base at any time.
     pub(super) fn publish_base(&self, draft: BaseDraft<'_>, id: &BaseId, lock: &StoreLock) -> Result<()> {
         match self.open_base(id) {
             Ok(_) => return Ok(()),
@@ -88,9 +88,21 @@ impl Store {
             Err(error) => return Err(error),
         }
         if self.bases.has(&id.to_string())? {
-            self.remove_base(id, lock)?;
+            return self.replace_base(&draft, id, lock);
         }
         draft.folder.commit(&self.bases, &id.to_string())
+    }
+
+    /// Puts the bytes and the record of a sealed draft in place of those of a damaged base. Overlays may be over it, so
+    /// it must never be gone.
+    fn replace_base(&self, draft: &BaseDraft<'_>, id: &BaseId, _lock: &StoreLock) -> Result<()> {
+        let _held = self.hold_base(id)?;
+        let folder = self.bases.open_dir(&id.to_string())?;
+        // A crash after the first leaves good bytes with another modification time: `verify` mends that.
+        for file in [layout::BASE_RAW, layout::BASE_RECORD] {
+            atomic::move_over(draft.folder(), &folder, file)?;
+        }
+        Ok(())
     }
 
     /// Opens a base for reading. As long as the file, or a duplicate of its descriptor, is open, the base cannot be
@@ -110,9 +122,7 @@ impl Store {
         } else {
             return Ok(file);
         };
-        Err(Error::new(ErrorKind::Corrupt, message).with_hint(
-            "cowdisk image verify tells whether its bytes are right; importing them again repairs it",
-        ))
+        Err(Error::new(ErrorKind::Corrupt, message).with_hint(hint))
     }
 
     fn open_base_unchecked(&self, id: &BaseId) -> Result<(File, BaseRecord)> {

@@ -22,6 +22,13 @@ use crate::error::{Context, Error, ErrorKind, Result};
 use crate::format::BaseId;
 use crate::units::check_disk_bytes;
 
+/// What to do about a base whose bytes are wrong. A filesystem made anew has another UUID, so a flavor's is lost.
+const DAMAGED_HINT: &str =
+    "importing the same image again repairs it; what a flavor made must come from a backup of the store";
+/// What to do about a base whose bytes may be right, after a copy of the store that did not keep times, say.
+const TOUCHED_HINT: &str =
+    "if its bytes are right, this repairs it: cowdisk image verify, or cowdisk flavor verify";
+
 #[derive(Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 struct BaseRecord {
@@ -113,12 +120,12 @@ impl Store {
     pub fn open_base(&self, id: &BaseId) -> Result<File> {
         let (file, record) = self.open_base_unchecked(id)?;
         let found = fingerprint(&file)?;
-        let message = if found.size != record.size {
-            format!("base {id}: {} bytes, but {} when it was stored", found.size, record.size)
-        } else if found.mtime_ns != record.mtime_ns {
-            format!("base {id}: modified since it was stored")
+        let (message, hint) = if found.size != record.size {
+            (format!("base {id}: {} bytes, but {} when it was stored", found.size, record.size), DAMAGED_HINT)
         } else if record.damaged {
-            format!("base {id}: its bytes are not those that were stored")
+            (format!("base {id}: its bytes are not those that were stored"), DAMAGED_HINT)
+        } else if found.mtime_ns != record.mtime_ns {
+            (format!("base {id}: modified since it was stored"), TOUCHED_HINT)
         } else {
             return Ok(file);
         };
@@ -174,7 +181,7 @@ impl Store {
             self.rewrite_record(id, &BaseRecord { damaged: true, ..record })?;
             let message = format!("base {id}: its bytes have changed, their hash is now {}", BaseId(hash));
             return Err(Error::new(ErrorKind::Corrupt, message)
-                .with_hint("no overlay over it opens any more; importing the same image again repairs it"));
+                .with_hint(format!("no overlay over it opens any more; {DAMAGED_HINT}")));
         }
         let good = BaseRecord { created: record.created, ..found };
         if good != record {

@@ -147,7 +147,12 @@ pub enum FlavorCommand {
         #[command(flatten)]
         form: Form,
     },
-    /// Remove a flavor; instances that were made with it keep their disks
+    /// Read a flavor's blank disk, or those of all, and compare with what was made
+    Verify {
+        /// The flavor; all flavors without it
+        name: Option<ObjectName>,
+    },
+    /// Remove a flavor; refused while the local disk of an instance is over it
     Remove {
         /// The flavor
         name: ObjectName,

@@ -280,6 +280,17 @@ impl Store {
         Ok(Flavor { name: name.clone(), local_size, fs, base, created })
     }
 
+    /// Reads all of a flavor's blank disk again and compares it with its identity. A base that is whole but whose
+    /// modification time was changed opens again after this.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Corrupt`], saying what has changed.
+    pub fn verify_flavor(&self, name: &ObjectName, progress: &dyn Progress) -> Result<()> {
+        let base = self.flavor(name)?.base;
+        base.map_or(Ok(()), |base| self.verify_base(&base, progress))
+            .context(|| format!("verify flavor {name}"))
+    }
+
     /// Removes a flavor and, unless something else refers to it, its base.
     ///
     /// # Errors

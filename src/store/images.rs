@@ -226,7 +226,8 @@ impl Store {
         removal.finish()
     }
 
-    /// Reads all of an image again and compares it with its identity.
+    /// Reads all of an image again and compares it with its identity. A base that is whole but whose modification time
+    /// was changed opens again after this.
     ///
     /// # Errors
     /// [`ErrorKind::Corrupt`], saying what has changed.

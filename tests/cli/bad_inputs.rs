@@ -87,6 +87,7 @@ pub const BAD_INPUTS: &[Bad] = &[
     bad("flavor add x --local-size 1G --fs btrfs", 2, "cowdisk: --fs <FS>: filesystem \"btrfs\": must be ext4, xfs, swap or none"),
     bad("flavor add x --local-size 0", 2, "cowdisk: --local-size <SIZE>: disk size of 0 bytes: must be a multiple of 512, at least 512 and at most 16 TiB"),
     bad("flavor show nope", 1, "cowdisk: flavor nope: not found\nsee what there is: cowdisk flavor list"),
+    bad("flavor verify nope", 1, "cowdisk: flavor nope: not found\nsee what there is: cowdisk flavor list"),
     bad("flavor remove nope", 1, "cowdisk: remove flavor nope: flavor nope: not found\nsee what there is: cowdisk flavor list"),
     bad("--store {}/nope image list", 1, "cowdisk: store {}/nope: no such folder\nmake one: cowdisk --store {}/nope init"),
     bad("--store {}/img.raw image list", 1, "cowdisk: store {}/img.raw: no such folder\nmake one: cowdisk --store {}/img.raw init"),

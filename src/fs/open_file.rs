@@ -64,10 +64,7 @@ impl OpenFile {
     pub fn open(tree: &Tree, disks: &OpenDisks, node: &Node, mode: OpenMode) -> Outcome<Self> {
         match node {
             Node::Disk { .. } if mode.truncate => Err(Errno::NOT_PERMITTED.into()),
-            Node::Disk { .. } => {
-                let key = tree.disk_key(node)?;
-                Ok(Self::Disk(disks.acquire(&key, || tree.open_disk(&key))?))
-            }
+            Node::Disk { .. } => Ok(Self::Disk(tree.acquire_disk(node, disks)?)),
             Node::Image { .. } | Node::BootFile(_) if mode.write || mode.truncate => {
                 Err(Errno::READ_ONLY.into())
             }

@@ -2,6 +2,7 @@
 
 use std::fs::File;
 use std::os::unix::fs::MetadataExt;
+use std::sync::Arc;
 use std::time::SystemTime;
 
 use rustix::fs::{Timespec, Timestamps};
@@ -9,9 +10,9 @@ use rustix::fs::{Timespec, Timestamps};
 use super::attributes::{Attributes, FileKind, SetTime};
 use super::errno::{Errno, Failure, Outcome};
 use super::inodes::{LinkName, Node};
-use super::open_disks::{DiskKey, OpenDisks};
+use super::open_disks::{DiskKey, OpenDisk, OpenDisks};
 use crate::error::{Context, ErrorKind, Result};
-use crate::store::{BootFileId, Disk, FileRef, Image, Instance, ObjectName, Store};
+use crate::store::{BootFileId, FileRef, Image, Instance, ObjectName, Store};
 
 /// Mode of every directory: whoever runs a guest must get through to its disks, which have modes of their own.
 const DIRECTORY_MODE: u32 = 0o755;
@@ -66,7 +67,7 @@ fn or_no_entry<T>(result: Result<T>) -> Outcome<T> {
 }
 
 /// What a file that is not there any more means: the inode is stale.
-fn or_stale<T>(result: Result<T>) -> Outcome<T> {
+pub(super) fn or_stale<T>(result: Result<T>) -> Outcome<T> {
     result.map_err(|error| match error.kind() {
         ErrorKind::NotFound => Errno::STALE.into(),
         _ => Failure::Error(error),
@@ -238,8 +239,8 @@ impl Tree {
     }
 
     fn disk_attributes(&self, node: &Node, disks: &OpenDisks) -> Outcome<Attributes> {
-        let key = self.disk_key(node)?;
-        let status = or_stale(self.store.disk_status(&key.instance, key.disk))?;
+        let key = key_of(node)?;
+        let status = or_stale(self.store.disk_status_of(&key.instance, key.id, key.disk))?;
         // The size of an open disk is known without its files, and changes first there.
         let size = disks.look(&key, |open| open.disk().size()).unwrap_or(status.size);
         self.regular(node, size, status.data_allocated, status.accessed, status.modified)
@@ -304,17 +305,14 @@ impl Tree {
         Ok(format!("../../boot/{id}"))
     }
 
-    /// The name under which the store keeps the owner, mode and extended attributes of a file, if it has them; checks
-    /// that it is still that very file.
+    /// The name under which the store keeps the owner, mode and extended attributes of a file, if it has them.
     ///
     /// # Errors
-    /// [`Errno::STALE`] if it has been removed.
+    /// [`Errno::STALE`] if an image has been removed.
     pub fn file_ref(&self, node: &Node) -> Outcome<Option<FileRef>> {
         Ok(match node {
-            Node::Disk { instance, disk, .. } => {
-                self.instance_of(node)?;
-                Some(FileRef::Disk(instance.clone(), *disk))
-            }
+            // The store itself looks at the id.
+            Node::Disk { instance, disk, id } => Some(FileRef::Disk(instance.clone(), *id, *disk)),
             Node::Image { name, .. } => {
                 self.image_of(name, node)?;
                 Some(FileRef::Image(name.clone()))
@@ -325,22 +323,20 @@ impl Tree {
         })
     }
 
-    /// What tells a disk from all others; checks that it still exists.
+    /// The disk of `node` for one more handle; opens it for service if it is not open.
     ///
     /// # Errors
-    /// [`Errno::STALE`] if it has been removed.
-    pub fn disk_key(&self, node: &Node) -> Outcome<DiskKey> {
-        let Node::Disk { instance, disk, id } = node else { return Err(Errno::INVALID.into()) };
-        self.instance_of(node)?;
-        Ok(DiskKey { instance: instance.clone(), disk: *disk, id: *id })
-    }
-
-    /// Opens a disk for service.
-    ///
-    /// # Errors
-    /// Those of the store.
-    pub fn open_disk(&self, key: &DiskKey) -> Result<Disk> {
-        self.store.open_disk(&key.instance, key.disk).context(|| format!("open {key}"))
+    /// [`Errno::STALE`] if it has been removed; those of opening it.
+    pub fn acquire_disk(&self, node: &Node, disks: &OpenDisks) -> Outcome<Arc<OpenDisk>> {
+        let key = key_of(node)?;
+        // A disk that is open cannot be removed, so who finds it open under its id need not look at the store.
+        let open = || self.store.open_disk_of(&key.instance, key.id, key.disk);
+        let opened = disks.acquire(&key, || open().context(|| format!("open {key}")));
+        opened.or_else(|error| {
+            // Whatever went wrong, if it is gone that is why.
+            self.instance_of(node)?;
+            Err(error.into())
+        })
     }
 
     /// Opens an image, a kernel or a ramdisk.
@@ -360,10 +356,16 @@ impl Tree {
     /// # Errors
     /// [`Errno::STALE`] if it has been removed; those of the host.
     pub fn set_times(&self, node: &Node, atime: Option<SetTime>, mtime: Option<SetTime>) -> Outcome<()> {
-        let key = self.disk_key(node)?;
+        let key = key_of(node)?;
         let times = Timestamps { last_access: to_timespec(atime), last_modification: to_timespec(mtime) };
-        or_stale(self.store.set_disk_times(&key.instance, key.disk, &times))
+        or_stale(self.store.set_disk_times_of(&key.instance, key.id, key.disk, &times))
     }
+}
+
+/// What tells the disk of `node` from all others, past ones included.
+fn key_of(node: &Node) -> Outcome<DiskKey> {
+    let Node::Disk { instance, disk, id } = node else { return Err(Errno::INVALID.into()) };
+    Ok(DiskKey { instance: instance.clone(), disk: *disk, id: *id })
 }
 
 fn to_timespec(time: Option<SetTime>) -> Timespec {

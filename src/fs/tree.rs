@@ -130,11 +130,8 @@ impl Tree {
         let (parent, entries) = match directory {
             Node::Root => (Node::Root, self.fixed_entries()),
             Node::Images => {
-                let images = self.store.images()?;
-                (
-                    Node::Root,
-                    images.iter().map(|image| Entry::new(image.name.as_str(), image_node(image))).collect(),
-                )
+                let entry = |name: &ObjectName| Ok(image_node(&self.store.image(name)?));
+                (Node::Root, readable("images", self.store.image_names()?, entry))
             }
             Node::Boot => {
                 let ids = self.store.boot_files()?;
@@ -143,7 +140,10 @@ impl Tree {
                     ids.into_iter().map(|id| Entry::new(id.to_string(), Node::BootFile(id))).collect(),
                 )
             }
-            Node::Instances => (Node::Root, self.instances()?),
+            Node::Instances => {
+                let entry = |name: &ObjectName| Ok(instance_node(&self.store.instance(name)?));
+                (Node::Root, readable("instances", self.store.instance_names()?, entry))
+            }
             Node::Instance { .. } => (Node::Instances, self.instance_entries(directory)?),
             Node::Image { .. } | Node::BootFile(_) | Node::Disk { .. } | Node::Link { .. } => {
                 return Err(Errno::NOT_DIRECTORY.into());
@@ -160,20 +160,6 @@ impl Tree {
             Entry::new("boot", Node::Boot),
             Entry::new("instances", Node::Instances),
         ]
-    }
-
-    fn instances(&self) -> Outcome<Vec<Entry>> {
-        let mut entries = Vec::new();
-        for name in self.store.instance_names()? {
-            match self.store.instance(&name) {
-                Ok(instance) => entries.push(Entry::new(name.as_str(), instance_node(&instance))),
-                // Removed since its name was read.
-                Err(error) if error.kind() == ErrorKind::NotFound => {}
-                // One damaged record must not hide all other instances.
-                Err(error) => log::warn!("list instances: {error}"),
-            }
-        }
-        Ok(entries)
     }
 
     fn instance_entries(&self, node: &Node) -> Outcome<Vec<Entry>> {
@@ -360,6 +346,20 @@ impl Tree {
         let times = Timestamps { last_access: to_timespec(atime), last_modification: to_timespec(mtime) };
         or_stale(self.store.set_disk_times_of(&key.instance, key.id, key.disk, &times))
     }
+}
+
+/// The entries of all names whose records can be read: one damaged record must not hide all others.
+fn readable(what: &str, names: Vec<ObjectName>, node: impl Fn(&ObjectName) -> Result<Node>) -> Vec<Entry> {
+    let entry = |name: ObjectName| match node(&name) {
+        Ok(node) => Some(Entry::new(name.as_str(), node)),
+        // Removed since its name was read.
+        Err(error) if error.kind() == ErrorKind::NotFound => None,
+        Err(error) => {
+            log::warn!("list {what}: {error}");
+            None
+        }
+    };
+    names.into_iter().filter_map(entry).collect()
 }
 
 /// What tells the disk of `node` from all others, past ones included.

@@ -16,7 +16,7 @@ use super::Server;
 use super::buffer::with_buffer;
 use super::convert::{GENERATION, file_flags, to_file_type, to_kernel, to_set_time};
 use crate::fs::{
-    AttributeChanges, Attributes, Errno, HandleId, NumberedEntry, OpenMode, Outcome, Statistics, WriteMode,
+    AttributeChanges, Attributes, Errno, HandleId, NumberedEntry, OpenMode, Outcome, Statistics,
 };
 use crate::transport::about::{About, guarded};
 
@@ -167,18 +167,17 @@ impl fuser::Filesystem for Server {
         let handle = HandleId(handle.0);
         // A page of a mapping is written in the name of some open file, whose flags say nothing about it.
         let cached = write_flags.contains(WriteFlags::FUSE_WRITE_CACHE);
-        let mode = WriteMode {
-            direct: !cached && flags.0 & libc::O_DIRECT != 0,
-            durable: flags.0 & libc::O_DSYNC != 0,
-        };
+        let direct = !cached && flags.0 & libc::O_DIRECT != 0;
+        let durable = flags.0 & libc::O_DSYNC != 0;
         let written = u32::try_from(data.len()).unwrap_or(u32::MAX);
-        if !mode.durable {
-            answer!(about, reply, self.fs.write(handle, offset, data, mode), |()| reply.written(written));
-            return;
+        let outcome = guarded(|| self.fs.write(handle, offset, data, direct));
+        if !durable || outcome.is_err() {
+            return answer!(about, reply, outcome, |()| reply.written(written));
         }
-        let (fs, data) = (Arc::clone(&self.fs), data.to_vec());
+        // Written here, so that no copy of the data waits in a queue; only the sync is waited for elsewhere.
+        let fs = Arc::clone(&self.fs);
         self.slow.run(ino.0, move || {
-            answer!(about, reply, fs.write(handle, offset, &data, mode), |()| reply.written(written));
+            answer!(about, reply, fs.sync(handle), |()| reply.written(written));
         });
     }
 

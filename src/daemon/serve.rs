@@ -2,7 +2,7 @@
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
 use std::time::{Duration, Instant};
 
 use rustix::process::{Resource, Rlimit};
@@ -27,7 +27,7 @@ const PATIENCE: Duration = Duration::from_secs(60);
 /// How often it tries within that time.
 const RETRY: Duration = Duration::from_millis(500);
 
-/// Open files wanted, two for each disk and some besides.
+/// Open files wanted: for 200,000 overlays, each of which takes four (map, data, base and live map), and some besides.
 const DESCRIPTORS: u64 = 1 << 20;
 
 enum Event {
@@ -60,15 +60,9 @@ pub fn serve(store: Store, mountpoint: &Path, options: &MountOptions, on_ready: 
         let _ = signalled.send(Event::Signal(name));
     })?;
     let fs = Arc::new(Fs::new(store.accepting_loss(options.accept_loss))?);
-    let mounted = Mounted::make(&source, &mountpoint, options, &fs)?;
-    let Mounted { session, device } = mounted;
-    std::thread::Builder::new()
-        .name("session".to_owned())
-        .spawn(move || {
-            let _ = events.send(Event::Ended(session.wait()));
-        })
-        .context(|| "start a thread")?;
     let background = Background::start(Arc::clone(&fs), options.flush_seconds)?;
+    // Whatever may fail comes before this, or in it, for it takes the mount away again.
+    let device = mount_and_answer(&source, &mountpoint, options, &fs, events)?;
     log::info!("serving {} on {}", source.display(), mountpoint.display());
     on_ready();
     let ended = Keeper { inbox, mountpoint, device, fs: &fs, patience: None }.keep();
@@ -96,38 +90,45 @@ enum Left {
     Abandoned,
 }
 
-/// What there is once the kernel and we talk to each other.
-struct Mounted {
-    session: FuserSession,
-    device: (u32, u32),
-}
-
-impl Mounted {
-    fn make(source: &Path, mountpoint: &Path, options: &MountOptions, fs: &Arc<Fs>) -> Result<Self> {
-        let root = rustix::process::geteuid().is_root();
-        let request = MountRequest {
-            source,
-            mountpoint,
-            read_only: options.read_only,
-            allow_other: options.allows_other(root),
-        };
-        let device = mount::mount(&request)?;
-        let result = FuserSession::start(device, Arc::clone(fs), options.threads).and_then(|session| {
-            std::fs::metadata(mountpoint).context(|| format!("look at {}", mountpoint.display()))?;
-            let mounts = mounts::mounts()?;
-            let device = mounts::mount_at(&mounts, mountpoint)
-                .filter(|mount| mount.is_ours())
-                .map(|mount| mount.device)
-                .ok_or_else(|| Error::new(ErrorKind::Io, format!("{} vanished", mountpoint.display())))?;
-            Ok(Self { session, device })
-        });
-        if result.is_err()
-            && let Err(error) = mount::unmount(mountpoint)
-        {
-            log::warn!("{error}");
-        }
-        result
+/// Mounts and starts a session with the kernel, whose end `events` will tell; returns the device of the mount. If that
+/// fails, nothing is mounted.
+fn mount_and_answer(
+    source: &Path,
+    mountpoint: &Path,
+    options: &MountOptions,
+    fs: &Arc<Fs>,
+    events: Sender<Event>,
+) -> Result<(u32, u32)> {
+    let root = rustix::process::geteuid().is_root();
+    let request = MountRequest {
+        source,
+        mountpoint,
+        read_only: options.read_only,
+        allow_other: options.allows_other(root),
+    };
+    let device = mount::mount(&request)?;
+    let result = FuserSession::start(device, Arc::clone(fs), options.threads).and_then(|session| {
+        std::fs::metadata(mountpoint).context(|| format!("look at {}", mountpoint.display()))?;
+        let mounts = mounts::mounts()?;
+        let device = mounts::mount_at(&mounts, mountpoint)
+            .filter(|mount| mount.is_ours())
+            .map(|mount| mount.device)
+            .ok_or_else(|| Error::new(ErrorKind::Io, format!("{} vanished", mountpoint.display())))?;
+        std::thread::Builder::new()
+            .name("session".to_owned())
+            .spawn(move || {
+                // Nobody listens only when the daemon has ended anyway.
+                let _ = events.send(Event::Ended(session.wait()));
+            })
+            .context(|| "start a thread")?;
+        Ok(device)
+    });
+    if result.is_err()
+        && let Err(error) = mount::unmount(mountpoint)
+    {
+        log::warn!("{error}");
     }
+    result
 }
 
 /// The daemon's main thread while the mount is there.
@@ -228,8 +229,8 @@ impl Keeper<'_> {
     }
 }
 
-/// Each open disk takes two descriptors, and the usual limit is 1,024. As many as the host allows; with fewer, opening
-/// a disk fails when they are used up.
+/// An open overlay takes up to four descriptors, and the usual limit is 1,024. As many as the host allows; with fewer,
+/// opening a disk fails when they are used up.
 fn raise_descriptor_limit() {
     let now = rustix::process::getrlimit(Resource::Nofile);
     let wanted = Rlimit { current: Some(DESCRIPTORS), maximum: Some(DESCRIPTORS) };

@@ -6,6 +6,7 @@ use super::Fs;
 use super::attributes::{AttributeChanges, Attributes, MODE_BITS};
 use super::errno::{Errno, Outcome};
 use super::inodes::Node;
+use super::tree::or_stale;
 use crate::store::{self, FileRef};
 use crate::units::DISK_BYTES_MAX;
 
@@ -62,8 +63,7 @@ impl Fs {
         if size == now {
             return Ok(());
         }
-        let key = self.tree.disk_key(node)?;
-        let disk = self.disks.acquire(&key, || self.tree.open_disk(&key))?;
+        let disk = self.tree.acquire_disk(node, &self.disks)?;
         let grown = disk.change(|disk| disk.grow(size));
         let closed = self.disks.release(disk);
         grown?;
@@ -77,11 +77,11 @@ impl Fs {
         change: impl FnOnce(&mut store::Attributes) -> Outcome<()>,
     ) -> Outcome<()> {
         let _held = self.records.lock();
-        let mut record = self.tree.store().attributes(file)?;
+        let mut record = or_stale(self.tree.store().attributes(file))?;
         let before = record.clone();
         change(&mut record)?;
         if record != before {
-            self.tree.store().set_attributes(file, &record)?;
+            or_stale(self.tree.store().set_attributes(file, &record))?;
         }
         Ok(())
     }
@@ -94,7 +94,7 @@ impl Fs {
         let name = kept_name(name)?;
         let node = self.inodes.node(ino)?;
         let file = self.tree.file_ref(&node)?.ok_or(Errno::NO_DATA)?;
-        let mut record = self.tree.store().attributes(&file)?;
+        let mut record = or_stale(self.tree.store().attributes(&file))?;
         Ok(record.xattrs.remove(name).ok_or(Errno::NO_DATA)?)
     }
 
@@ -105,7 +105,7 @@ impl Fs {
     pub fn xattr_names(&self, ino: u64) -> Outcome<Vec<u8>> {
         let node = self.inodes.node(ino)?;
         let Some(file) = self.tree.file_ref(&node)? else { return Ok(Vec::new()) };
-        let record = self.tree.store().attributes(&file)?;
+        let record = or_stale(self.tree.store().attributes(&file))?;
         Ok(record.xattrs.keys().flat_map(|name| name.bytes().chain([0])).collect())
     }
 

@@ -28,7 +28,7 @@ use parking_lot::Mutex;
 pub use attributes::{AttributeChanges, Attributes, FileKind, MODE_BITS, SetTime};
 pub use errno::{Errno, Failure, Outcome};
 pub use handles::HandleId;
-pub use open_file::{OpenMode, WriteMode};
+pub use open_file::OpenMode;
 pub use tree::Entry;
 
 use handles::Handles;
@@ -254,13 +254,13 @@ impl Fs {
         self.handles.get(handle)?.read(offset, buf, direct)
     }
 
-    /// Writes all of `data` at byte `offset`.
+    /// Writes all of `data` at byte `offset`; durable after the next [`Fs::sync`]. `direct` as in [`Fs::read`].
     ///
     /// # Errors
     /// [`Errno::TOO_BIG`] if it reaches beyond the end of the disk (nothing is written then); [`Errno::INVALID`] if
     /// `direct` and not aligned; those of the disk.
-    pub fn write(&self, handle: HandleId, offset: u64, data: &[u8], mode: WriteMode) -> Outcome<()> {
-        self.handles.get(handle)?.write(offset, data, mode)
+    pub fn write(&self, handle: HandleId, offset: u64, data: &[u8], direct: bool) -> Outcome<()> {
+        self.handles.get(handle)?.write(offset, data, direct)
     }
 
     /// Makes every completed write to the file durable.

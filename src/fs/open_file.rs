@@ -29,15 +29,6 @@ pub struct OpenMode {
     pub truncate: bool,
 }
 
-/// How data is written.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct WriteMode {
-    /// The file was opened with O_DIRECT.
-    pub direct: bool,
-    /// The data must be durable when the write returns: O_DSYNC, O_SYNC or RWF_DSYNC.
-    pub durable: bool,
-}
-
 /// An open file or directory.
 #[derive(Debug)]
 pub enum OpenFile {
@@ -64,10 +55,7 @@ impl OpenFile {
     pub fn open(tree: &Tree, disks: &OpenDisks, node: &Node, mode: OpenMode) -> Outcome<Self> {
         match node {
             Node::Disk { .. } if mode.truncate => Err(Errno::NOT_PERMITTED.into()),
-            Node::Disk { .. } => {
-                let key = tree.disk_key(node)?;
-                Ok(Self::Disk(disks.acquire(&key, || tree.open_disk(&key))?))
-            }
+            Node::Disk { .. } => Ok(Self::Disk(tree.acquire_disk(node, disks)?)),
             Node::Image { .. } | Node::BootFile(_) if mode.write || mode.truncate => {
                 Err(Errno::READ_ONLY.into())
             }
@@ -119,14 +107,10 @@ impl OpenFile {
     }
 
     /// See [`super::Fs::write`].
-    pub fn write(&self, offset: u64, data: &[u8], mode: WriteMode) -> Outcome<()> {
-        check_alignment(mode.direct, offset, data.len() as u64)?;
+    pub fn write(&self, offset: u64, data: &[u8], direct: bool) -> Outcome<()> {
+        check_alignment(direct, offset, data.len() as u64)?;
         let disk = self.disk_in_range(offset, data.len() as u64)?;
-        disk.change(|disk| disk.write_at(offset, data))?;
-        if mode.durable {
-            disk.flush()?;
-        }
-        Ok(())
+        Ok(disk.change(|disk| disk.write_at(offset, data))?)
     }
 
     /// See [`super::Fs::sync`].

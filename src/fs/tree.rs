@@ -2,6 +2,7 @@
 
 use std::fs::File;
 use std::os::unix::fs::MetadataExt;
+use std::sync::Arc;
 use std::time::SystemTime;
 
 use rustix::fs::{Timespec, Timestamps};
@@ -9,9 +10,9 @@ use rustix::fs::{Timespec, Timestamps};
 use super::attributes::{Attributes, FileKind, SetTime};
 use super::errno::{Errno, Failure, Outcome};
 use super::inodes::{LinkName, Node};
-use super::open_disks::{DiskKey, OpenDisks};
+use super::open_disks::{DiskKey, OpenDisk, OpenDisks};
 use crate::error::{Context, ErrorKind, Result};
-use crate::store::{BootFileId, Disk, FileRef, Image, Instance, ObjectName, Store};
+use crate::store::{BootFileId, FileRef, Image, Instance, ObjectName, Store};
 
 /// Mode of every directory: whoever runs a guest must get through to its disks, which have modes of their own.
 const DIRECTORY_MODE: u32 = 0o755;
@@ -66,7 +67,7 @@ fn or_no_entry<T>(result: Result<T>) -> Outcome<T> {
 }
 
 /// What a file that is not there any more means: the inode is stale.
-fn or_stale<T>(result: Result<T>) -> Outcome<T> {
+pub(super) fn or_stale<T>(result: Result<T>) -> Outcome<T> {
     result.map_err(|error| match error.kind() {
         ErrorKind::NotFound => Errno::STALE.into(),
         _ => Failure::Error(error),
@@ -129,11 +130,8 @@ impl Tree {
         let (parent, entries) = match directory {
             Node::Root => (Node::Root, self.fixed_entries()),
             Node::Images => {
-                let images = self.store.images()?;
-                (
-                    Node::Root,
-                    images.iter().map(|image| Entry::new(image.name.as_str(), image_node(image))).collect(),
-                )
+                let entry = |name: &ObjectName| Ok(image_node(&self.store.image(name)?));
+                (Node::Root, readable("images", self.store.image_names()?, entry))
             }
             Node::Boot => {
                 let ids = self.store.boot_files()?;
@@ -142,7 +140,10 @@ impl Tree {
                     ids.into_iter().map(|id| Entry::new(id.to_string(), Node::BootFile(id))).collect(),
                 )
             }
-            Node::Instances => (Node::Root, self.instances()?),
+            Node::Instances => {
+                let entry = |name: &ObjectName| Ok(instance_node(&self.store.instance(name)?));
+                (Node::Root, readable("instances", self.store.instance_names()?, entry))
+            }
             Node::Instance { .. } => (Node::Instances, self.instance_entries(directory)?),
             Node::Image { .. } | Node::BootFile(_) | Node::Disk { .. } | Node::Link { .. } => {
                 return Err(Errno::NOT_DIRECTORY.into());
@@ -159,20 +160,6 @@ impl Tree {
             Entry::new("boot", Node::Boot),
             Entry::new("instances", Node::Instances),
         ]
-    }
-
-    fn instances(&self) -> Outcome<Vec<Entry>> {
-        let mut entries = Vec::new();
-        for name in self.store.instance_names()? {
-            match self.store.instance(&name) {
-                Ok(instance) => entries.push(Entry::new(name.as_str(), instance_node(&instance))),
-                // Removed since its name was read.
-                Err(error) if error.kind() == ErrorKind::NotFound => {}
-                // One damaged record must not hide all other instances.
-                Err(error) => log::warn!("list instances: {error}"),
-            }
-        }
-        Ok(entries)
     }
 
     fn instance_entries(&self, node: &Node) -> Outcome<Vec<Entry>> {
@@ -238,8 +225,8 @@ impl Tree {
     }
 
     fn disk_attributes(&self, node: &Node, disks: &OpenDisks) -> Outcome<Attributes> {
-        let key = self.disk_key(node)?;
-        let status = or_stale(self.store.disk_status(&key.instance, key.disk))?;
+        let key = key_of(node)?;
+        let status = or_stale(self.store.disk_status_of(&key.instance, key.id, key.disk))?;
         // The size of an open disk is known without its files, and changes first there.
         let size = disks.look(&key, |open| open.disk().size()).unwrap_or(status.size);
         self.regular(node, size, status.data_allocated, status.accessed, status.modified)
@@ -304,17 +291,14 @@ impl Tree {
         Ok(format!("../../boot/{id}"))
     }
 
-    /// The name under which the store keeps the owner, mode and extended attributes of a file, if it has them; checks
-    /// that it is still that very file.
+    /// The name under which the store keeps the owner, mode and extended attributes of a file, if it has them.
     ///
     /// # Errors
-    /// [`Errno::STALE`] if it has been removed.
+    /// [`Errno::STALE`] if an image has been removed.
     pub fn file_ref(&self, node: &Node) -> Outcome<Option<FileRef>> {
         Ok(match node {
-            Node::Disk { instance, disk, .. } => {
-                self.instance_of(node)?;
-                Some(FileRef::Disk(instance.clone(), *disk))
-            }
+            // The store itself looks at the id.
+            Node::Disk { instance, disk, id } => Some(FileRef::Disk(instance.clone(), *id, *disk)),
             Node::Image { name, .. } => {
                 self.image_of(name, node)?;
                 Some(FileRef::Image(name.clone()))
@@ -325,22 +309,20 @@ impl Tree {
         })
     }
 
-    /// What tells a disk from all others; checks that it still exists.
+    /// The disk of `node` for one more handle; opens it for service if it is not open.
     ///
     /// # Errors
-    /// [`Errno::STALE`] if it has been removed.
-    pub fn disk_key(&self, node: &Node) -> Outcome<DiskKey> {
-        let Node::Disk { instance, disk, id } = node else { return Err(Errno::INVALID.into()) };
-        self.instance_of(node)?;
-        Ok(DiskKey { instance: instance.clone(), disk: *disk, id: *id })
-    }
-
-    /// Opens a disk for service.
-    ///
-    /// # Errors
-    /// Those of the store.
-    pub fn open_disk(&self, key: &DiskKey) -> Result<Disk> {
-        self.store.open_disk(&key.instance, key.disk).context(|| format!("open {key}"))
+    /// [`Errno::STALE`] if it has been removed; those of opening it.
+    pub fn acquire_disk(&self, node: &Node, disks: &OpenDisks) -> Outcome<Arc<OpenDisk>> {
+        let key = key_of(node)?;
+        // A disk that is open cannot be removed, so who finds it open under its id need not look at the store.
+        let open = || self.store.open_disk_of(&key.instance, key.id, key.disk);
+        let opened = disks.acquire(&key, || open().context(|| format!("open {key}")));
+        opened.or_else(|error| {
+            // Whatever went wrong, if it is gone that is why.
+            self.instance_of(node)?;
+            Err(error.into())
+        })
     }
 
     /// Opens an image, a kernel or a ramdisk.
@@ -360,10 +342,30 @@ impl Tree {
     /// # Errors
     /// [`Errno::STALE`] if it has been removed; those of the host.
     pub fn set_times(&self, node: &Node, atime: Option<SetTime>, mtime: Option<SetTime>) -> Outcome<()> {
-        let key = self.disk_key(node)?;
+        let key = key_of(node)?;
         let times = Timestamps { last_access: to_timespec(atime), last_modification: to_timespec(mtime) };
-        or_stale(self.store.set_disk_times(&key.instance, key.disk, &times))
+        or_stale(self.store.set_disk_times_of(&key.instance, key.id, key.disk, &times))
     }
+}
+
+/// The entries of all names whose records can be read: one damaged record must not hide all others.
+fn readable(what: &str, names: Vec<ObjectName>, node: impl Fn(&ObjectName) -> Result<Node>) -> Vec<Entry> {
+    let entry = |name: ObjectName| match node(&name) {
+        Ok(node) => Some(Entry::new(name.as_str(), node)),
+        // Removed since its name was read.
+        Err(error) if error.kind() == ErrorKind::NotFound => None,
+        Err(error) => {
+            log::warn!("list {what}: {error}");
+            None
+        }
+    };
+    names.into_iter().filter_map(entry).collect()
+}
+
+/// What tells the disk of `node` from all others, past ones included.
+fn key_of(node: &Node) -> Outcome<DiskKey> {
+    let Node::Disk { instance, disk, id } = node else { return Err(Errno::INVALID.into()) };
+    Ok(DiskKey { instance: instance.clone(), disk: *disk, id: *id })
 }
 
 fn to_timespec(time: Option<SetTime>) -> Timespec {

@@ -15,6 +15,7 @@ use super::names::{DiskName, ObjectName};
 use super::record::{self, BootFileId};
 use super::{Store, atomic, hex};
 use crate::error::{Context, Error, ErrorKind, Result};
+use crate::format::LayerId;
 
 /// Largest value of an extended attribute, in bytes: the kernel's own limit.
 pub const XATTR_VALUE_BYTES_MAX: usize = 64 << 10;
@@ -32,8 +33,8 @@ const ATTRIBUTES_BYTES_MAX: usize =
 /// A file that the mount shows.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub enum FileRef {
-    /// A disk of an instance.
-    Disk(ObjectName, DiskName),
+    /// A disk of the instance that has this name and this id.
+    Disk(ObjectName, LayerId, DiskName),
     /// An image.
     Image(ObjectName),
     /// A kernel or a ramdisk.
@@ -143,8 +144,8 @@ impl Store {
     fn attributes_place(&self, file: &FileRef) -> Result<(Place, String)> {
         let absent = |what: String| Error::new(ErrorKind::NotFound, format!("{what}: not found"));
         match file {
-            FileRef::Disk(instance, disk) => {
-                let folder = self.instance_dir(instance)?;
+            FileRef::Disk(instance, id, disk) => {
+                let folder = self.instance_dir_of(instance, *id)?;
                 Ok((Place::Own(folder), layout::disk_file(*disk, DiskPart::Attributes).to_owned()))
             }
             FileRef::Image(name) if !self.images.has(&layout::record_file(name))? => {
@@ -188,19 +189,37 @@ mod tests {
     use super::super::tests::store_with_image;
     use super::*;
 
-    fn disk() -> FileRef {
-        FileRef::Disk("web-3".parse().unwrap(), DiskName::Root)
+    fn disk(store: &Store) -> FileRef {
+        let instance = store.instance(&"web-3".parse().unwrap()).unwrap();
+        FileRef::Disk(instance.name, instance.id, DiskName::Root)
+    }
+
+    /// A disk's attributes were set by name, so those of a removed instance could fall to the next of its name.
+    #[test]
+    fn attributes_of_a_removed_instance_are_not_set_on_the_next_of_its_name() {
+        let t = store_with_image();
+        let store = &t.store;
+        let (first, name) = (disk(store), "web-3".parse().unwrap());
+        let mut attributes = store.attributes(&first).unwrap();
+        attributes.mode = 0o666;
+        let image = store.instance(&name).unwrap().image;
+        store.remove_instance(&name).unwrap();
+        store
+            .create_instance(&name, &crate::store::InstanceSpec::of(image), &crate::store::NoProgress)
+            .unwrap();
+        assert_eq!(store.set_attributes(&first, &attributes).unwrap_err().kind(), ErrorKind::NotFound);
+        assert_eq!(store.attributes(&disk(store)).unwrap().mode, 0o600);
     }
 
     #[test]
     fn attributes_nobody_changed_are_the_stores_owner_and_a_mode_by_kind() {
         let t = store_with_image();
         let store = &t.store;
-        let attributes = store.attributes(&disk()).unwrap();
+        let attributes = store.attributes(&disk(store)).unwrap();
         assert_eq!((attributes.mode, attributes.uid), (0o600, rustix::process::getuid().as_raw()));
         let image = FileRef::Image("debian".parse().unwrap());
         assert_eq!(store.attributes(&image).unwrap().mode, 0o400);
-        let absent = FileRef::Disk("nobody".parse().unwrap(), DiskName::Root);
+        let absent = FileRef::Disk("nobody".parse().unwrap(), LayerId::random().unwrap(), DiskName::Root);
         assert_eq!(store.attributes(&absent).unwrap_err().kind(), ErrorKind::NotFound);
         let absent = FileRef::Image("nobody".parse().unwrap());
         assert_eq!(store.set_attributes(&absent, &attributes).unwrap_err().kind(), ErrorKind::NotFound);
@@ -210,7 +229,7 @@ mod tests {
     fn attributes_survive_the_store_being_opened_again() {
         let t = store_with_image();
         let store = &t.store;
-        for file in [disk(), FileRef::Image("debian".parse().unwrap())] {
+        for file in [disk(store), FileRef::Image("debian".parse().unwrap())] {
             let mut attributes = store.attributes(&file).unwrap();
             (attributes.uid, attributes.gid, attributes.mode) = (64055, 108, 0o660);
             attributes.xattrs.insert("trusted.libvirt.security.dac".into(), b"+0:+0\0\xff".to_vec());
@@ -225,12 +244,12 @@ mod tests {
     fn limits_are_kept_and_a_refusal_changes_nothing() {
         let t = store_with_image();
         let store = &t.store;
-        let before = store.attributes(&disk()).unwrap();
+        let before = store.attributes(&disk(store)).unwrap();
         let refused = |change: &dyn Fn(&mut Attributes)| {
             let mut attributes = before.clone();
             change(&mut attributes);
-            assert!(store.set_attributes(&disk(), &attributes).is_err());
-            assert_eq!(store.attributes(&disk()).unwrap(), before);
+            assert!(store.set_attributes(&disk(store), &attributes).is_err());
+            assert_eq!(store.attributes(&disk(store)).unwrap(), before);
         };
         refused(&|a| a.mode = 0o100_600);
         refused(&|a| drop(a.xattrs.insert(String::new(), vec![])));
@@ -246,7 +265,7 @@ mod tests {
         let path = t.folder.path().join("instances/web-3/disk.attr");
         for bad in ["", "{}", "{\"uid\":0,\"gid\":0,\"mode\":99999999,\"xattrs\":{}}", "[", "\0\0"] {
             std::io::Write::write_all(&mut std::fs::File::create(&path).unwrap(), bad.as_bytes()).unwrap();
-            let error = store.attributes(&disk()).unwrap_err();
+            let error = store.attributes(&disk(store)).unwrap_err();
             assert_eq!(error.kind(), ErrorKind::Corrupt);
             assert!(error.to_string().contains("disk.attr"), "{error}");
         }

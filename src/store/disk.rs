@@ -12,7 +12,7 @@ use super::lock::{Share, try_lock};
 use super::names::{DiskName, ObjectName};
 use super::plain::PlainDisk;
 use crate::error::{Context, Error, ErrorKind, Result};
-use crate::format::{BaseRef, BlockState};
+use crate::format::{BaseRef, BlockState, LayerId};
 use crate::overlay::{BaseImage, LayerFiles, MapReader, Overlay, live_map_name, read_superblock};
 use crate::storage::{FileStorage, Storage};
 
@@ -204,13 +204,24 @@ impl Store {
     /// [`ErrorKind::NotFound`] if there is no such disk; [`ErrorKind::Busy`] if it is open already;
     /// [`ErrorKind::Corrupt`] if its map is damaged or its base is not what it was made over.
     pub fn open_disk(&self, instance: &ObjectName, disk: DiskName) -> Result<Disk> {
-        let folder = self.instance_dir(instance)?;
+        self.open_disk_in(&self.instance_dir(instance)?, instance, disk)
+    }
+
+    /// [`Store::open_disk`] of the very instance `id`, not of a later one under its name.
+    ///
+    /// # Errors
+    /// Those of [`Store::open_disk`]; [`ErrorKind::NotFound`] if another instance has the name now.
+    pub fn open_disk_of(&self, instance: &ObjectName, id: LayerId, disk: DiskName) -> Result<Disk> {
+        self.open_disk_in(&self.instance_dir_of(instance, id)?, instance, disk)
+    }
+
+    fn open_disk_in(&self, folder: &Dir, instance: &ObjectName, disk: DiskName) -> Result<Disk> {
         let name = format!("{instance}/{disk}");
         if folder.has(disk_file(disk, DiskPart::Raw))? {
-            let file = self.lock_disk(&folder, instance, disk, DiskPart::Raw)?;
+            let file = self.lock_disk(folder, instance, disk, DiskPart::Raw)?;
             return Ok(Disk::Plain(PlainDisk::open(&name, file)?));
         }
-        let map = self.lock_disk(&folder, instance, disk, DiskPart::Map)?;
+        let map = self.lock_disk(folder, instance, disk, DiskPart::Map)?;
         let map = FileStorage::new(map, format!("map of {name}"));
         let superblock = read_superblock(&map).context(|| format!("open disk {name}"))?;
         let data = folder.open_file(disk_file(disk, DiskPart::Data), Access::ReadWrite)?;
@@ -267,7 +278,18 @@ impl Store {
     /// # Errors
     /// [`ErrorKind::NotFound`] if there is no such disk; [`ErrorKind::Corrupt`] if its map is damaged.
     pub fn disk_status(&self, instance: &ObjectName, disk: DiskName) -> Result<DiskStatus> {
-        let folder = self.instance_dir(instance)?;
+        self.disk_status_in(&self.instance_dir(instance)?, instance, disk)
+    }
+
+    /// [`Store::disk_status`] of the very instance `id`, not of a later one under its name.
+    ///
+    /// # Errors
+    /// Those of [`Store::disk_status`]; [`ErrorKind::NotFound`] if another instance has the name now.
+    pub fn disk_status_of(&self, instance: &ObjectName, id: LayerId, disk: DiskName) -> Result<DiskStatus> {
+        self.disk_status_in(&self.instance_dir_of(instance, id)?, instance, disk)
+    }
+
+    fn disk_status_in(&self, folder: &Dir, instance: &ObjectName, disk: DiskName) -> Result<DiskStatus> {
         let shown = || format!("look up {instance}/{disk}");
         let times = |file: &File| -> Result<(SystemTime, SystemTime, u64, u64)> {
             let metadata = file.metadata().context(shown)?;
@@ -280,7 +302,7 @@ impl Store {
             let (modified, accessed, size, data_allocated) = times(&file)?;
             return Ok(DiskStatus { size, data_allocated, map_allocated: 0, modified, accessed, cow: false });
         }
-        let map = self.open_map(&folder, instance, disk)?;
+        let map = self.open_map(folder, instance, disk)?;
         let data = folder.open_file(disk_file(disk, DiskPart::Data), Access::Read)?;
         let (modified, accessed, _, data_allocated) = times(&data)?;
         let size = read_superblock(&map).context(shown)?.geometry.size();

@@ -374,6 +374,16 @@ impl Store {
         })
     }
 
+    /// The folder of the very instance that has this id, not of a later one under its name. What is done in the folder
+    /// is done to that instance, even if another has taken its name meanwhile.
+    pub(super) fn instance_dir_of(&self, name: &ObjectName, id: LayerId) -> Result<Dir> {
+        let folder = self.instance_dir(name)?;
+        if self.instance_in(&folder, name)?.id != id {
+            return Err(Error::new(ErrorKind::NotFound, format!("instance {name} with id {id}: not found")));
+        }
+        Ok(folder)
+    }
+
     /// Removes an instance and its disks for good. One whose record is damaged can be removed as well.
     ///
     /// # Errors
@@ -433,12 +443,18 @@ impl Store {
         removal.finish()
     }
 
-    /// Sets the times of a disk, as `utimensat` does.
+    /// Sets the times of a disk of the instance `id`, as `utimensat` does.
     ///
     /// # Errors
-    /// [`ErrorKind::NotFound`] if there is no such disk.
-    pub fn set_disk_times(&self, name: &ObjectName, disk: DiskName, times: &Timestamps) -> Result<()> {
-        let folder = self.instance_dir(name)?;
+    /// [`ErrorKind::NotFound`] if there is no such disk, or another instance has the name now.
+    pub fn set_disk_times_of(
+        &self,
+        name: &ObjectName,
+        id: LayerId,
+        disk: DiskName,
+        times: &Timestamps,
+    ) -> Result<()> {
+        let folder = self.instance_dir_of(name, id)?;
         let cow = self.instance_in(&folder, name)?.cow;
         let file = disk_file(disk, if cow { DiskPart::Data } else { DiskPart::Raw });
         rustix::fs::utimensat(&folder, file, times, rustix::fs::AtFlags::SYMLINK_NOFOLLOW)

@@ -31,6 +31,17 @@ fn an_instance_that_is_removed_while_mounted_is_gone_at_once() {
     assert_eq!(std::fs::read_dir(mount.path("instances")).unwrap().count(), 1);
 }
 
+/// One damaged record failed the listing of all images.
+#[test]
+fn an_image_with_a_damaged_record_hides_no_other() {
+    let mount = TestMount::new();
+    let path = mount.store.dir().join("images/damaged.json");
+    std::io::Write::write_all(&mut std::fs::File::create(path).unwrap(), b"{").unwrap();
+    let names: Vec<_> =
+        std::fs::read_dir(mount.path("images")).unwrap().map(|entry| entry.unwrap().file_name()).collect();
+    assert_eq!(names, ["base"]);
+}
+
 #[test]
 fn an_instance_made_anew_under_an_old_name_is_another_one() {
     let mount = TestMount::new();

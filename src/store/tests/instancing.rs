@@ -53,6 +53,27 @@ fn an_open_disk_is_neither_opened_again_nor_removed() {
     t.refuses(ErrorKind::NotFound, "web-3", |store| store.remove_instance(&name("web-3")));
 }
 
+/// Disks were opened by name after their instance's id had been looked at: one removed and made anew in between was
+/// served in place of the old one.
+#[test]
+fn a_disk_asked_for_by_id_is_never_that_of_a_later_instance() {
+    let t = store_with_image();
+    let (web, root) = (name("web-3"), DiskName::Root);
+    let first = t.store.instance(&web).unwrap().id;
+    t.store.open_disk_of(&web, first, root).unwrap().close().unwrap();
+    t.store.remove_instance(&web).unwrap();
+    t.store.create_instance(&web, &InstanceSpec::of(name("debian")), &NoProgress).unwrap();
+    let second = t.store.instance(&web).unwrap().id;
+    let now = rustix::fs::Timespec { tv_sec: 0, tv_nsec: rustix::fs::UTIME_NOW };
+    let times = rustix::fs::Timestamps { last_access: now, last_modification: now };
+    t.refuses(ErrorKind::NotFound, "web-3", |store| store.open_disk_of(&web, first, root));
+    t.refuses(ErrorKind::NotFound, "web-3", |store| store.disk_status_of(&web, first, root));
+    t.refuses(ErrorKind::NotFound, "web-3", |store| store.set_disk_times_of(&web, first, root, &times));
+    t.store.set_disk_times_of(&web, second, root, &times).unwrap();
+    assert_eq!(t.store.disk_status_of(&web, second, root).unwrap().size, 1 << 20);
+    t.store.open_disk_of(&web, second, root).unwrap();
+}
+
 #[test]
 fn an_image_stays_while_an_overlay_needs_it() {
     let t = store_with_image();

@@ -16,7 +16,7 @@ use super::Server;
 use super::buffer::with_buffer;
 use super::convert::{GENERATION, file_flags, to_file_type, to_kernel, to_set_time};
 use crate::fs::{
-    AttributeChanges, Attributes, Errno, HandleId, NumberedEntry, OpenMode, Outcome, Statistics, WriteMode,
+    AttributeChanges, Attributes, Errno, HandleId, NumberedEntry, OpenMode, Outcome, Statistics,
 };
 use crate::transport::about::{About, guarded};
 
@@ -106,7 +106,7 @@ impl fuser::Filesystem for Server {
         let (atime, mtime) = (atime.map(to_set_time), mtime.map(to_set_time));
         let changes = AttributeChanges { mode, uid, gid, size, atime, mtime };
         let fs = Arc::clone(&self.fs);
-        self.slow.run(move || {
+        self.slow.run(ino.0, move || {
             let about = about("setattr", ino);
             answer!(about, reply, fs.change(ino.0, &changes), |attributes: Attributes| {
                 reply.attr(&attributes.trusted_for(), &to_kernel(&attributes));
@@ -123,7 +123,7 @@ impl fuser::Filesystem for Server {
         let write = flags.0 & libc::O_ACCMODE != libc::O_RDONLY;
         let mode = OpenMode { write, truncate: flags.0 & libc::O_TRUNC != 0 };
         let fs = Arc::clone(&self.fs);
-        self.slow.run(move || {
+        self.slow.run(ino.0, move || {
             let about = about("open", ino);
             answer!(about, reply, fs.open(ino.0, mode), |handle: HandleId| {
                 reply.opened(FileHandle(handle.0), file_flags());
@@ -167,18 +167,17 @@ impl fuser::Filesystem for Server {
         let handle = HandleId(handle.0);
         // A page of a mapping is written in the name of some open file, whose flags say nothing about it.
         let cached = write_flags.contains(WriteFlags::FUSE_WRITE_CACHE);
-        let mode = WriteMode {
-            direct: !cached && flags.0 & libc::O_DIRECT != 0,
-            durable: flags.0 & libc::O_DSYNC != 0,
-        };
+        let direct = !cached && flags.0 & libc::O_DIRECT != 0;
+        let durable = flags.0 & libc::O_DSYNC != 0;
         let written = u32::try_from(data.len()).unwrap_or(u32::MAX);
-        if !mode.durable {
-            answer!(about, reply, self.fs.write(handle, offset, data, mode), |()| reply.written(written));
-            return;
+        let outcome = guarded(|| self.fs.write(handle, offset, data, direct));
+        if !durable || outcome.is_err() {
+            return answer!(about, reply, outcome, |()| reply.written(written));
         }
-        let (fs, data) = (Arc::clone(&self.fs), data.to_vec());
-        self.slow.run(move || {
-            answer!(about, reply, fs.write(handle, offset, &data, mode), |()| reply.written(written));
+        // Written here, so that no copy of the data waits in a queue; only the sync is waited for elsewhere.
+        let fs = Arc::clone(&self.fs);
+        self.slow.run(ino.0, move || {
+            answer!(about, reply, fs.sync(handle), |()| reply.written(written));
         });
     }
 
@@ -204,7 +203,7 @@ impl fuser::Filesystem for Server {
         reply: ReplyEmpty,
     ) {
         let fs = Arc::clone(&self.fs);
-        self.slow.run(move || {
+        self.slow.run(ino.0, move || {
             let about = about("release", ino);
             answer!(about, reply, fs.close(HandleId(handle.0)), |()| reply.ok());
         });
@@ -220,7 +219,7 @@ impl fuser::Filesystem for Server {
     ) {
         // Attributes are durable as soon as they are changed, so data is all there is to sync.
         let fs = Arc::clone(&self.fs);
-        self.slow.run(move || {
+        self.slow.run(ino.0, move || {
             let about = about("fsync", ino);
             answer!(about, reply, fs.sync(HandleId(handle.0)), |()| reply.ok());
         });
@@ -318,7 +317,7 @@ impl fuser::Filesystem for Server {
         reply: ReplyEmpty,
     ) {
         let (fs, name, value) = (Arc::clone(&self.fs), name.to_owned(), value.to_vec());
-        self.slow.run(move || {
+        self.slow.run(ino.0, move || {
             let about = about("setxattr", ino);
             answer!(about, reply, fs.set_xattr(ino.0, &name, value, flags), |()| reply.ok());
         });
@@ -334,7 +333,7 @@ impl fuser::Filesystem for Server {
 
     fn removexattr(&self, _request: &Request, ino: INodeNo, name: &OsStr, reply: ReplyEmpty) {
         let (fs, name) = (Arc::clone(&self.fs), name.to_owned());
-        self.slow.run(move || {
+        self.slow.run(ino.0, move || {
             let about = about("removexattr", ino);
             answer!(about, reply, fs.remove_xattr(ino.0, &name), |()| reply.ok());
         });
@@ -368,7 +367,7 @@ impl fuser::Filesystem for Server {
         reply: ReplyEmpty,
     ) {
         let fs = Arc::clone(&self.fs);
-        self.slow.run(move || {
+        self.slow.run(ino.0, move || {
             let about = about_range("fallocate", ino, offset, len);
             answer!(about, reply, fs.allocate(HandleId(handle.0), mode, offset, len), |()| reply.ok());
         });

@@ -1,7 +1,7 @@
 //! cowdisk: copy-on-write disks for virtual machines.
 //!
 //! A store holds shared, read-only base images and, for every instance, only the blocks that it changed. A FUSE mount
-//! shows each instance's disks as raw files. `ARCHITECTURE.md` says which module may use which; [`format`] holds the
+//! shows each instance's disks as raw files. `ARCHITECTURE.md` says which module may use which; [`mod@format`] holds the
 //! specification of everything on disk.
 
 pub mod cli;

@@ -281,6 +281,7 @@ fn what_is_made_is_told_in_a_line_and_not_when_quiet() {
         "neither flavor nor --local-size: no local disk"
     );
     assert_eq!(place.works(&["image", "verify"]), "image img: as it was imported\n");
+    assert_eq!(place.works(&["flavor", "verify"]), "flavor fl: as it was made\n");
     for name in ["inst", "small"] {
         assert_eq!(place.works(&["instance", "remove", name]), format!("instance {name}: removed\n"));
     }

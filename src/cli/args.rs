@@ -147,7 +147,12 @@ pub enum FlavorCommand {
         #[command(flatten)]
         form: Form,
     },
-    /// Remove a flavor; instances that were made with it keep their disks
+    /// Read a flavor's blank disk, or those of all, and compare with what was made
+    Verify {
+        /// The flavor; all flavors without it
+        name: Option<ObjectName>,
+    },
+    /// Remove a flavor; refused while the local disk of an instance is over it
     Remove {
         /// The flavor
         name: ObjectName,
@@ -209,7 +214,7 @@ pub struct MountArgs {
     /// Serve in the foreground
     #[arg(short, long)]
     pub foreground: bool,
-    /// Options, separated by commas: ro, threads=N, flush=SECONDS, allow_other, noallow_other, log=FILE
+    /// Options, separated by commas: ro, threads=N, flush=SECONDS, allow_other, noallow_other, accept_loss, log=FILE
     #[arg(short, value_name = "OPT,…", allow_hyphen_values = true)]
     pub options: Vec<String>,
     /// Check the store, the mountpoint and the options, and mount nothing

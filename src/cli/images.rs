@@ -1,12 +1,10 @@
 //! `cowdisk image …` and `cowdisk flavor …`.
 
-use std::os::unix::fs::MetadataExt as _;
-
 use serde::Serialize;
 
 use super::Session;
 use super::args::{FlavorCommand, Form, ImageCommand, ImportArgs};
-use crate::error::{Context as _, Result};
+use crate::error::Result;
 use crate::format::BaseId;
 use crate::store::{Flavor, FlavorSpec, Image, ImportRequest, ObjectName, Store};
 use crate::units::HumanBytes;
@@ -48,7 +46,7 @@ pub(super) fn image(session: &mut Session, command: ImageCommand) -> Result<()> 
             let view = ImageView::of(&store, &store.image(&name)?)?;
             if form.json { session.output.json(&view) } else { view.show(session) }
         }
-        ImageCommand::Verify { name } => verify(session, &store, name),
+        ImageCommand::Verify { name } => verify_images(session, &store, name),
         ImageCommand::Remove { name } => {
             store.remove_image(&name)?;
             session.done(&format!("image {name}: removed"))
@@ -75,15 +73,22 @@ fn list_images(session: &mut Session, store: &Store, form: Form) -> Result<()> {
     session.output.table(&["NAME", "SIZE", "TAKES", "BASE", "BOOT", "CREATED"], &[1, 2], &rows)
 }
 
-fn verify(session: &mut Session, store: &Store, name: Option<ObjectName>) -> Result<()> {
-    let names = match name {
-        Some(name) => vec![name],
-        None => store.image_names()?,
-    };
+fn verify_images(session: &mut Session, store: &Store, name: Option<ObjectName>) -> Result<()> {
+    let names = name.map_or_else(|| store.image_names(), |name| Ok(vec![name]))?;
     let progress = session.progress()?;
     for name in names {
         store.verify_image(&name, &progress)?;
         session.done(&format!("image {name}: as it was imported"))?;
+    }
+    Ok(())
+}
+
+fn verify_flavors(session: &mut Session, store: &Store, name: Option<ObjectName>) -> Result<()> {
+    let names = name.map_or_else(|| store.flavor_names(), |name| Ok(vec![name]))?;
+    let progress = session.progress()?;
+    for name in names {
+        store.verify_flavor(&name, &progress)?;
+        session.done(&format!("flavor {name}: as it was made"))?;
     }
     Ok(())
 }
@@ -150,6 +155,7 @@ pub(super) fn flavor(session: &mut Session, command: FlavorCommand) -> Result<()
             let view = FlavorView::of(&store, &store.flavor(&name)?)?;
             if form.json { session.output.json(&view) } else { view.show(session) }
         }
+        FlavorCommand::Verify { name } => verify_flavors(session, &store, name),
         FlavorCommand::Remove { name } => {
             store.remove_flavor(&name)?;
             session.done(&format!("flavor {name}: removed"))
@@ -203,10 +209,8 @@ impl FlavorView {
 
 /// Bytes that a base takes of the host's disk.
 fn allocated(store: &Store, base: &BaseId) -> Result<u64> {
-    /// Unit of `st_blocks` in bytes.
-    const STAT_BLOCK: u64 = 512;
-    let metadata = store.open_base(base)?.metadata().context(|| format!("look at base {base}"))?;
-    Ok(metadata.blocks() * STAT_BLOCK)
+    // Not by opening it: what is damaged is listed as well.
+    store.base_usage(base).map(|(_, allocated)| allocated)
 }
 
 /// The first twelve digits of a content's name: enough to tell contents apart by eye.

@@ -29,6 +29,8 @@ pub struct MountOptions {
     pub allow_other: Option<bool>,
     /// Seconds after which a written disk is flushed although its user asked for no flush; 0 turns that off.
     pub flush_seconds: u32,
+    /// Whether a disk whose live map is gone goes back to its last completed flush; without it such a disk is refused.
+    pub accept_loss: bool,
     /// Where a daemon in the background writes its messages; a file in the run directory if `None`.
     pub log: Option<PathBuf>,
 }
@@ -41,6 +43,7 @@ impl Default for MountOptions {
             threads: (2 * cpus).clamp(4, 16),
             allow_other: None,
             flush_seconds: FLUSH_SECONDS,
+            accept_loss: false,
             log: None,
         }
     }
@@ -56,11 +59,11 @@ impl MountOptions {
     /// Reads comma-separated options; an empty text or empty options are fine, and of contradicting ones the last
     /// holds.
     ///
-    /// Ours: `ro`, `rw`, `threads=N`, `allow_other`, `noallow_other`, `flush=SECONDS`, `log=FILE`. Those that only
-    /// concern mount(8), systemd or the caches of other filesystems are accepted and do nothing: `defaults`, `auto`,
-    /// `noauto`, `nofail`, `user`, `users`, `owner`, `group` and their `no…`, `_netdev`, `x-…`, `comment=…`, `async`,
-    /// `atime`, `noatime`, `relatime`, `nodiratime`. So are those that always hold: `nosuid`, `nodev`, `noexec`,
-    /// `default_permissions`.
+    /// Ours: `ro`, `rw`, `threads=N`, `allow_other`, `noallow_other`, `flush=SECONDS`, `accept_loss`, `log=FILE`. Those
+    /// that only concern mount(8), systemd or the caches of other filesystems are accepted and do nothing: `defaults`,
+    /// `auto`, `noauto`, `nofail`, `user`, `users`, `owner`, `group` and their `no…`, `_netdev`, `x-…`, `comment=…`,
+    /// `async`, `atime`, `noatime`, `relatime`, `nodiratime`. So are those that always hold: `nosuid`, `nodev`,
+    /// `noexec`, `default_permissions`.
     ///
     /// # Errors
     /// [`ErrorKind::Invalid`], naming the option: one that is not known, a value out of range, and `suid`, `dev` and
@@ -71,7 +74,7 @@ impl MountOptions {
             if let Meaning::Unknown = options.apply(option)? {
                 return Err(Error::new(ErrorKind::Invalid, format!("mount option {option:?}: not known"))
                     .with_hint(
-                        "known: ro, rw, threads=N, allow_other, noallow_other, flush=SECONDS, log=FILE",
+                        "known: ro, rw, threads=N, allow_other, noallow_other, flush=SECONDS, accept_loss, log=FILE",
                     ));
             }
         }
@@ -102,6 +105,7 @@ impl MountOptions {
             ("flush", Some(value)) => self.flush_seconds = in_range(option, value, 0, FLUSH_SECONDS_MAX)?,
             ("allow_other", None) => self.allow_other = Some(true),
             ("noallow_other", None) => self.allow_other = Some(false),
+            ("accept_loss", None) => self.accept_loss = true,
             ("log", Some(path)) if path.starts_with('/') => self.log = Some(PathBuf::from(path)),
             ("log", _) => {
                 return Err(Error::new(
@@ -160,6 +164,9 @@ impl fmt::Display for MountOptions {
             Some(false) => f.write_str(",noallow_other")?,
             None => {}
         }
+        if self.accept_loss {
+            f.write_str(",accept_loss")?;
+        }
         match &self.log {
             Some(path) => write!(f, ",log={}", path.display()),
             None => Ok(()),
@@ -174,11 +181,13 @@ mod tests {
     #[test]
     fn own_options_are_read() {
         let options =
-            MountOptions::parse("ro,threads=3,noallow_other,flush=0,log=/var/log/cowdisk.log").unwrap();
+            MountOptions::parse("ro,threads=3,noallow_other,flush=0,accept_loss,log=/var/log/cowdisk.log")
+                .unwrap();
         assert!(options.read_only);
         assert_eq!(options.threads, 3);
         assert_eq!(options.allow_other, Some(false));
         assert_eq!(options.flush_seconds, 0);
+        assert!(options.accept_loss && !MountOptions::default().accept_loss);
         assert_eq!(options.log, Some(PathBuf::from("/var/log/cowdisk.log")));
     }
 

@@ -59,7 +59,7 @@ pub fn serve(store: Store, mountpoint: &Path, options: &MountOptions, on_ready: 
         // Nobody listens only when the daemon has ended anyway.
         let _ = signalled.send(Event::Signal(name));
     })?;
-    let fs = Arc::new(Fs::new(store)?);
+    let fs = Arc::new(Fs::new(store.accepting_loss(options.accept_loss))?);
     let background = Background::start(Arc::clone(&fs), options.flush_seconds)?;
     // Whatever may fail comes before this, or in it, for it takes the mount away again.
     let device = mount_and_answer(&source, &mountpoint, options, &fs, events)?;

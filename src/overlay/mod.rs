@@ -1,7 +1,7 @@
 //! The engine: one instance's changes over a base, and the whole crash story.
 //!
-//! [`Overlay`] cuts requests in bytes into runs of blocks in one state; [`blocks`] knows what a block is made of;
-//! [`alloc_map`] knows the states, in shared memory and on disk; [`commit`] makes data, then map, durable; [`recover`]
+//! [`Overlay`] cuts requests in bytes into runs of blocks in one state; `blocks.rs` knows what a block is made of;
+//! `alloc_map.rs` knows the states, in shared memory and on disk; `commit.rs` makes data, then map, durable; `recover.rs`
 //! opens what a crash left. Reads take no lock. Lock order, each released before the one on its left: block locks,
 //! durable map, uncommitted runs.
 
@@ -268,11 +268,6 @@ impl Overlay {
 
     fn request(&self, what: &str, offset: u64) -> String {
         format!("{what} at {offset} of disk {}", self.name)
-    }
-
-    /// The base, for accounting.
-    pub fn base(&self) -> &BaseImage {
-        self.blocks.base()
     }
 }
 

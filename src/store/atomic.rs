@@ -156,6 +156,12 @@ pub(super) fn replace_file(tmp: &Dir, parent: &Dir, name: &str, bytes: &[u8]) ->
     draft.replace(parent, name)
 }
 
+/// Moves a synced file out of a draft, in place of the one of the same name in `to`, and makes that durable.
+pub(super) fn move_over(draft: &Dir, to: &Dir, name: &str) -> Result<()> {
+    rename(draft, name, to, name, RenameFlags::empty())?;
+    to.sync()
+}
+
 /// Overwrites the contents of a lock file, which must keep its inode. A reader may see it half-written.
 pub(super) fn write_lock_contents(file: &File, bytes: &[u8]) -> Result<()> {
     use std::os::unix::fs::FileExt;

@@ -22,6 +22,13 @@ use crate::error::{Context, Error, ErrorKind, Result};
 use crate::format::BaseId;
 use crate::units::check_disk_bytes;
 
+/// What to do about a base whose bytes are wrong. A filesystem made anew has another UUID, so a flavor's is lost.
+const DAMAGED_HINT: &str =
+    "importing the same image again repairs it; what a flavor made must come from a backup of the store";
+/// What to do about a base whose bytes may be right, after a copy of the store that did not keep times, say.
+const TOUCHED_HINT: &str =
+    "if its bytes are right, this repairs it: cowdisk image verify, or cowdisk flavor verify";
+
 #[derive(Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 struct BaseRecord {
@@ -79,7 +86,7 @@ fn fingerprint(file: &File) -> Result<BaseRecord> {
 
 impl Store {
     /// Gives a sealed draft its place, unless a base of the same content is there already; then the draft vanishes. One
-    /// that is there but damaged is replaced.
+    /// that is there but damaged is replaced, in an order in which there is a base at any time.
     pub(super) fn publish_base(&self, draft: BaseDraft<'_>, id: &BaseId, lock: &StoreLock) -> Result<()> {
         match self.open_base(id) {
             Ok(_) => return Ok(()),
@@ -88,9 +95,21 @@ impl Store {
             Err(error) => return Err(error),
         }
         if self.bases.has(&id.to_string())? {
-            self.remove_base(id, lock)?;
+            return self.replace_base(&draft, id, lock);
         }
         draft.folder.commit(&self.bases, &id.to_string())
+    }
+
+    /// Puts the bytes and the record of a sealed draft in place of those of a damaged base. Overlays may be over it, so
+    /// it must never be gone.
+    fn replace_base(&self, draft: &BaseDraft<'_>, id: &BaseId, _lock: &StoreLock) -> Result<()> {
+        let _held = self.hold_base(id)?;
+        let folder = self.bases.open_dir(&id.to_string())?;
+        // A crash after the first leaves good bytes with another modification time: `verify` mends that.
+        for file in [layout::BASE_RAW, layout::BASE_RECORD] {
+            atomic::move_over(draft.folder(), &folder, file)?;
+        }
+        Ok(())
     }
 
     /// Opens a base for reading. As long as the file, or a duplicate of its descriptor, is open, the base cannot be
@@ -101,18 +120,16 @@ impl Store {
     pub fn open_base(&self, id: &BaseId) -> Result<File> {
         let (file, record) = self.open_base_unchecked(id)?;
         let found = fingerprint(&file)?;
-        let message = if found.size != record.size {
-            format!("base {id}: {} bytes, but {} when it was stored", found.size, record.size)
-        } else if found.mtime_ns != record.mtime_ns {
-            format!("base {id}: modified since it was stored")
+        let (message, hint) = if found.size != record.size {
+            (format!("base {id}: {} bytes, but {} when it was stored", found.size, record.size), DAMAGED_HINT)
         } else if record.damaged {
-            format!("base {id}: its bytes are not those that were stored")
+            (format!("base {id}: its bytes are not those that were stored"), DAMAGED_HINT)
+        } else if found.mtime_ns != record.mtime_ns {
+            (format!("base {id}: modified since it was stored"), TOUCHED_HINT)
         } else {
             return Ok(file);
         };
-        Err(Error::new(ErrorKind::Corrupt, message).with_hint(
-            "cowdisk image verify tells whether its bytes are right; importing them again repairs it",
-        ))
+        Err(Error::new(ErrorKind::Corrupt, message).with_hint(hint))
     }
 
     fn open_base_unchecked(&self, id: &BaseId) -> Result<(File, BaseRecord)> {
@@ -164,7 +181,7 @@ impl Store {
             self.rewrite_record(id, &BaseRecord { damaged: true, ..record })?;
             let message = format!("base {id}: its bytes have changed, their hash is now {}", BaseId(hash));
             return Err(Error::new(ErrorKind::Corrupt, message)
-                .with_hint("no overlay over it opens any more; importing the same image again repairs it"));
+                .with_hint(format!("no overlay over it opens any more; {DAMAGED_HINT}")));
         }
         let good = BaseRecord { created: record.created, ..found };
         if good != record {

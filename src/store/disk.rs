@@ -235,7 +235,8 @@ impl Store {
         let live_map = self.run_dir()?.join(live_map_name(superblock.layer));
         let data = Box::new(FileStorage::new(data, format!("data of {name}")));
         let files = LayerFiles { data, map: Box::new(map) };
-        Ok(Disk::Overlay(Box::new(Overlay::open(&name, files, base, &live_map)?)))
+        let open = if self.accept_loss { Overlay::open_accepting_loss } else { Overlay::open };
+        Ok(Disk::Overlay(Box::new(open(&name, files, base, &live_map)?)))
     }
 
     /// Opens the file that carries a disk's lock, and takes it.

@@ -14,7 +14,7 @@ use super::bases::BaseDraft;
 use super::names::ObjectName;
 use super::progress::{Progress, Work};
 use super::record::{self, RECORD_BYTES_MAX};
-use super::references::{Except, list_names};
+use super::references::{Except, User, list_names};
 use super::timestamp::Timestamp;
 use super::tool::{Limits, Tool};
 use super::{Store, copy, images, layout};
@@ -280,6 +280,17 @@ impl Store {
         Ok(Flavor { name: name.clone(), local_size, fs, base, created })
     }
 
+    /// Reads all of a flavor's blank disk again and compares it with its identity. A base that is whole but whose
+    /// modification time was changed opens again after this.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Corrupt`], saying what has changed.
+    pub fn verify_flavor(&self, name: &ObjectName, progress: &dyn Progress) -> Result<()> {
+        let base = self.flavor(name)?.base;
+        base.map_or(Ok(()), |base| self.verify_base(&base, progress))
+            .context(|| format!("verify flavor {name}"))
+    }
+
     /// Removes a flavor and, unless something else refers to it, its base.
     ///
     /// # Errors
@@ -293,15 +304,11 @@ impl Store {
         let flavor = self.flavor(name)?;
         let mut held = None;
         if let Some(base) = flavor.base {
-            let base_goes = !self.references(&lock, Except::Flavor(name))?.image_or_flavor_has_base(&base);
-            let users: Vec<ObjectName> = self
-                .instances()?
-                .into_iter()
-                .filter(|instance| {
-                    instance.overlays(&base) && (base_goes || instance.flavor.as_ref() == Some(name))
-                })
-                .map(|instance| instance.name)
-                .collect();
+            let others = self.references(&lock, Except::Flavor(name))?;
+            let base_goes = !others.image_or_flavor_has_base(&base);
+            let users = others.users(|User { instance, overlaid_bases }| {
+                overlaid_bases.contains(&base) && (base_goes || instance.flavor.as_ref() == Some(name))
+            });
             if !users.is_empty() {
                 return Err(Error::new(ErrorKind::Busy, format!("overlays need it: {}", list_names(&users)))
                     .with_hint("remove these instances first"));

@@ -11,7 +11,7 @@ use super::foreign::SourceFormat;
 use super::names::ObjectName;
 use super::progress::{Progress, Work};
 use super::record::{self, BootFileId, RECORD_BYTES_MAX};
-use super::references::{Except, list_names};
+use super::references::{Except, User, list_names};
 use super::source::{Accept, Source};
 use super::timestamp::Timestamp;
 use super::{Store, convert, copy, host_fs, layout};
@@ -205,14 +205,9 @@ impl Store {
         let image = self.image(name)?;
         let others = self.references(&lock, Except::Image(name))?;
         let base_goes = !others.image_or_flavor_has_base(&image.base);
-        let users: Vec<ObjectName> = self
-            .instances()?
-            .into_iter()
-            .filter(|instance| {
-                instance.cow && (instance.image == *name || base_goes && instance.overlays(&image.base))
-            })
-            .map(|instance| instance.name)
-            .collect();
+        let users = others.users(|User { instance, overlaid_bases }| {
+            instance.cow && instance.image == *name || base_goes && overlaid_bases.contains(&image.base)
+        });
         if !users.is_empty() {
             return Err(Error::new(ErrorKind::Busy, format!("overlays need it: {}", list_names(&users)))
                 .with_hint("remove these instances first"));
@@ -231,7 +226,8 @@ impl Store {
         removal.finish()
     }
 
-    /// Reads all of an image again and compares it with its identity.
+    /// Reads all of an image again and compares it with its identity. A base that is whole but whose modification time
+    /// was changed opens again after this.
     ///
     /// # Errors
     /// [`ErrorKind::Corrupt`], saying what has changed.

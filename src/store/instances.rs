@@ -173,15 +173,10 @@ impl Instance {
             .filter_map(|(name, disk)| disk.map(|disk| (name, disk)))
     }
 
-    /// The bases that its overlays are over.
+    /// The bases that its overlays are over, as its record says.
     pub(super) fn overlaid_bases(&self) -> Vec<BaseId> {
         let disks = self.disks().filter(|_| self.cow);
         disks.filter_map(|(_, disk)| disk.base).collect()
-    }
-
-    /// Whether one of its disks is an overlay over `base`.
-    pub(super) fn overlays(&self, base: &BaseId) -> bool {
-        self.overlaid_bases().contains(base)
     }
 }
 
@@ -342,9 +337,25 @@ impl Store {
     /// An instance.
     ///
     /// # Errors
-    /// [`ErrorKind::NotFound`]; [`ErrorKind::Corrupt`], naming the file, if its record is damaged.
+    /// [`ErrorKind::NotFound`]; [`ErrorKind::Corrupt`], naming the file, if its record is damaged or missing.
     pub fn instance(&self, name: &ObjectName) -> Result<Instance> {
-        self.instance_in(&self.instance_dir(name)?, name)
+        let folder = self.instance_dir(name)?;
+        match self.instance_in(&folder, name) {
+            // An instance that is being removed leaves its name before its record goes.
+            Err(error) if error.kind() == ErrorKind::NotFound && self.is_in_place(&folder, name)? => {
+                let message = format!("{}: missing", folder.path_of(layout::INSTANCE_RECORD).display());
+                Err(Error::new(ErrorKind::Corrupt, message).with_hint(format!(
+                    "bring it back, or give the instance up with its disks: cowdisk instance remove {name}"
+                )))
+            }
+            other => other,
+        }
+    }
+
+    /// Whether a folder is still the instance of that name.
+    fn is_in_place(&self, folder: &Dir, name: &ObjectName) -> Result<bool> {
+        let (_, inode) = folder.device_and_inode()?;
+        Ok(self.instances.stat(name.as_str())?.is_some_and(|stat| stat.st_ino == inode))
     }
 
     pub(super) fn instance_in(&self, folder: &Dir, name: &ObjectName) -> Result<Instance> {

@@ -63,6 +63,7 @@ pub struct Store {
     path: PathBuf,
     uuid: String,
     run_dir_wanted: Option<PathBuf>,
+    accept_loss: bool,
     root: Dir,
     bases: Dir,
     boot: Dir,
@@ -111,6 +112,7 @@ impl Store {
             path: dir.to_owned(),
             uuid,
             run_dir_wanted: None,
+            accept_loss: false,
             bases: open(layout::BASES)?,
             boot: open(layout::BOOT)?,
             images: open(layout::IMAGES)?,
@@ -131,6 +133,14 @@ impl Store {
     #[must_use]
     pub fn with_run_dir(mut self, dir: impl Into<PathBuf>) -> Self {
         self.run_dir_wanted = Some(dir.into());
+        self
+    }
+
+    /// Says whether [`Store::open_disk`] may go back to the last completed flush of a disk whose live map is gone,
+    /// instead of refusing it.
+    #[must_use]
+    pub fn accepting_loss(mut self, accept: bool) -> Self {
+        self.accept_loss = accept;
         self
     }
 

@@ -28,6 +28,9 @@ impl PlainDisk {
     /// [`ErrorKind::Corrupt`] if the file's size cannot be a disk's.
     pub fn open(name: &str, file: File) -> Result<Self> {
         let inner = FileStorage::new(file, name);
+        // What a failed sync of an earlier daemon left in the host's cache, and only there, must not be read as written.
+        inner.sync()?;
+        inner.drop_cache()?;
         let size = inner.size()?;
         check_disk_bytes(size)
             .map_err(|error| Error::caused(ErrorKind::Corrupt, format!("open disk {name}"), error))?;

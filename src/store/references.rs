@@ -1,21 +1,37 @@
 //! Who refers to what, and removing what nothing refers to any more.
+//!
+//! What an overlay is over is read from its own superblock as well as from its instance's record: a base stays if either
+//! names it. All of this happens under the store's lock, where nothing that is listed can vanish. So a record that is
+//! missing was taken away by somebody else; what it referred to is then not known, and nothing is removed.
 
 use std::collections::BTreeSet;
 
+use super::Store;
+use super::dir::{Access, Dir};
+use super::instances::Instance;
+use super::layout::{self, DiskPart, disk_file};
 use super::lock::StoreLock;
-use super::names::ObjectName;
+use super::names::{DiskName, ObjectName};
 use super::record::BootFileId;
-use super::{Store, layout};
-use crate::error::{ErrorKind, Result};
-use crate::format::BaseId;
+use crate::error::{Error, ErrorKind, Result};
+use crate::format::{BaseId, BaseRef};
+use crate::overlay::read_superblock;
+use crate::storage::FileStorage;
 
-/// All that the records of a store refer to.
+/// All that the records and the overlays of a store refer to.
 #[derive(Debug, Default)]
 pub(super) struct References {
     image_bases: BTreeSet<BaseId>,
     flavor_bases: BTreeSet<BaseId>,
-    overlaid_bases: BTreeSet<BaseId>,
+    instances: Vec<User>,
     boot_files: BTreeSet<BootFileId>,
+}
+
+/// An instance and the bases that its overlays are over.
+#[derive(Debug)]
+pub(super) struct User {
+    pub(super) instance: Instance,
+    pub(super) overlaid_bases: BTreeSet<BaseId>,
 }
 
 /// A record that is not counted.
@@ -30,12 +46,18 @@ pub(super) enum Except<'a> {
 impl References {
     /// Whether anything refers to a base.
     pub(super) fn has_base(&self, id: &BaseId) -> bool {
-        self.image_or_flavor_has_base(id) || self.overlaid_bases.contains(id)
+        self.image_or_flavor_has_base(id)
+            || self.instances.iter().any(|user| user.overlaid_bases.contains(id))
     }
 
     /// Whether an image or a flavor refers to a base.
     pub(super) fn image_or_flavor_has_base(&self, id: &BaseId) -> bool {
         self.image_bases.contains(id) || self.flavor_bases.contains(id)
+    }
+
+    /// The instances for which `needs` is true.
+    pub(super) fn users(&self, needs: impl Fn(&User) -> bool) -> Vec<ObjectName> {
+        self.instances.iter().filter(|user| needs(user)).map(|user| user.instance.name.clone()).collect()
     }
 
     /// Whether anything refers to a boot file.
@@ -45,25 +67,27 @@ impl References {
 }
 
 impl Store {
-    /// Reads every record. Fails if one of them cannot be read: what it refers to is then not known, and must stay.
+    /// Reads every record and the superblock of every overlay. Fails if a record is missing or cannot be read: what it
+    /// refers to is then not known, and must stay.
     pub(super) fn references(&self, _lock: &StoreLock, except: Except<'_>) -> Result<References> {
         let mut references = References::default();
-        for image in self.images()? {
-            if except != Except::Image(&image.name) {
-                references.image_bases.insert(image.base);
-                references.boot_files.extend(image.kernel.into_iter().chain(image.ramdisk));
-            }
+        for name in self.image_names()?.iter().filter(|name| except != Except::Image(name)) {
+            let image = self.image(name).map_err(missing)?;
+            references.image_bases.insert(image.base);
+            references.boot_files.extend(image.kernel.into_iter().chain(image.ramdisk));
         }
-        for flavor in self.flavors()? {
-            if except != Except::Flavor(&flavor.name) {
-                references.flavor_bases.extend(flavor.base);
-            }
+        for name in self.flavor_names()?.iter().filter(|name| except != Except::Flavor(name)) {
+            references.flavor_bases.extend(self.flavor(name).map_err(missing)?.base);
         }
-        for instance in self.instances()? {
-            if except != Except::Instance(&instance.name) {
-                references.overlaid_bases.extend(instance.overlaid_bases());
-                references.boot_files.extend(instance.kernel.into_iter().chain(instance.ramdisk));
+        for name in self.instance_names()?.iter().filter(|name| except != Except::Instance(name)) {
+            let instance = self.instance(name).map_err(missing)?;
+            references.boot_files.extend(instance.kernel.into_iter().chain(instance.ramdisk));
+            let mut overlaid_bases: BTreeSet<BaseId> = instance.overlaid_bases().into_iter().collect();
+            let folder = self.instance_dir(name).map_err(missing)?;
+            for disk in DiskName::ALL {
+                overlaid_bases.extend(base_of_overlay(&folder, disk)?);
             }
+            references.instances.push(User { instance, overlaid_bases });
         }
         Ok(references)
     }
@@ -106,6 +130,31 @@ impl Store {
             }
         }
         Ok(done)
+    }
+}
+
+/// The base that an overlay's superblock names. If there is no overlay, or its superblock is damaged, only the record
+/// can tell.
+fn base_of_overlay(folder: &Dir, disk: DiskName) -> Result<Option<BaseId>> {
+    let name = disk_file(disk, DiskPart::Map);
+    let superblock = folder.open_file(name, Access::Read).and_then(|file| {
+        read_superblock(&FileStorage::new(file, folder.path_of(name).display().to_string()))
+    });
+    match superblock {
+        Ok(superblock) => match superblock.base {
+            BaseRef::Image { id, .. } => Ok(Some(id)),
+            BaseRef::Blank => Ok(None),
+        },
+        Err(error) if matches!(error.kind(), ErrorKind::NotFound | ErrorKind::Corrupt) => Ok(None),
+        Err(error) => Err(error),
+    }
+}
+
+/// What is listed under the store's lock is there; if it is not, the store is damaged.
+fn missing(error: Error) -> Error {
+    match error.kind() {
+        ErrorKind::NotFound => Error::caused(ErrorKind::Corrupt, "count references", error),
+        _ => error,
     }
 }
 

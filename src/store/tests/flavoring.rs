@@ -70,3 +70,29 @@ fn a_flavor_stays_while_an_overlay_needs_its_base() {
     t.store.remove_flavor(&name("swapped")).unwrap();
     assert_eq!(t.names("bases").len(), 1);
 }
+
+/// A flavor's base could not be looked at again: after a restore without times no local disk over it ever opened.
+#[test]
+fn verify_mends_a_flavor_whose_base_was_only_touched() {
+    let t = empty_store();
+    t.import("debian", &image_bytes()).unwrap();
+    let base = add(&t, "swapped", 1 << 20, FlavorFs::Swap).unwrap().base.unwrap();
+    add(&t, "blank", 1 << 20, FlavorFs::None).unwrap();
+    let spec = InstanceSpec { flavor: Some(name("swapped")), ..InstanceSpec::of(name("debian")) };
+    t.store.create_instance(&name("web-3"), &spec, &NoProgress).unwrap();
+    let open = || t.store.open_disk(&name("web-3"), DiskName::Local).map(drop);
+    let path = t.path(&format!("bases/{base}/base.raw"));
+    File::open(&path).unwrap().set_modified(std::time::UNIX_EPOCH).unwrap();
+    let error = open().unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Corrupt);
+    assert!(error.hint().unwrap().contains("cowdisk flavor verify"), "{error:?}");
+    t.store.verify_flavor(&name("blank"), &NoProgress).unwrap();
+    t.store.verify_flavor(&name("swapped"), &NoProgress).unwrap();
+    open().unwrap();
+
+    std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o600)).unwrap();
+    File::options().write(true).open(&path).unwrap().write_all_at(&[0xff], 70_000).unwrap();
+    let error = t.store.verify_flavor(&name("swapped"), &NoProgress).unwrap_err();
+    assert!(error.to_string().contains("swapped") && error.hint().unwrap().contains("backup"), "{error:?}");
+    assert_eq!(open().unwrap_err().kind(), ErrorKind::Corrupt);
+}

@@ -192,6 +192,34 @@ fn importing_again_repairs_a_damaged_base() {
     t.store.verify_image(&name("debian"), &NoProgress).unwrap();
 }
 
+/// The damaged base used to be removed before the new one came, so that a crash left overlays without any.
+#[test]
+fn a_base_that_is_being_repaired_is_never_gone() {
+    let t = store_with_image();
+    let path = t.path(&format!("bases/{}/base.raw", t.store.image(&name("debian")).unwrap().base));
+    let done = std::sync::atomic::AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        let watch = scope.spawn(|| {
+            let mut gone = 0;
+            while !done.load(Ordering::Relaxed) {
+                gone += u32::from(!path.exists());
+            }
+            gone
+        });
+        for _ in 0..50 {
+            let file = File::open(&path).unwrap();
+            file.set_modified(std::time::UNIX_EPOCH).unwrap();
+            drop(file);
+            t.import("again", &image_bytes()).unwrap();
+            t.store.remove_image(&name("again")).unwrap();
+        }
+        done.store(true, Ordering::Relaxed);
+        assert_eq!(watch.join().unwrap(), 0);
+    });
+    t.store.open_disk(&name("web-3"), DiskName::Root).unwrap().close().unwrap();
+    assert_eq!(t.names("tmp"), [""; 0]);
+}
+
 #[test]
 fn images_that_name_other_files_are_refused_as_qemu_writes_them() {
     if std::process::Command::new("qemu-img").arg("--version").output().is_err() {

@@ -1,0 +1,162 @@
+//! Debian guests under a real libvirt, on disks of a real mount: what they write, and what the host then sees.
+//!
+//! They need root, /dev/fuse, QEMU and a libvirt, and fail without: `scripts/test --test libvirt` sees to all of it. The
+//! libvirt has its defaults, so QEMU runs as a user of its own, in a mount namespace of its own, and owns its disks meanwhile.
+
+#![allow(clippy::unwrap_used, clippy::disallowed_methods, reason = "a failed step fails the test")]
+#![allow(missing_docs, reason = "the names say it")]
+
+#[path = "libvirt/outside.rs"]
+mod outside;
+#[path = "libvirt/place.rs"]
+mod place;
+
+use std::fs::Permissions;
+use std::os::unix::fs::PermissionsExt;
+use std::path::Path;
+
+use outside::{
+    MIB, allocated, assert_clean_ext4, assert_clean_xfs, assert_holds, assert_same, content, files_on, owner,
+    path, sha256,
+};
+use place::{Guest, IMAGE, Place, virsh};
+
+#[test]
+fn guests_over_one_image_keep_what_they_write_and_nothing_else() {
+    let place = Place::new();
+    for instance in ["a", "b", "hot", "idle"] {
+        place.create(instance, &["--flavor", "ext4"]);
+    }
+    // Not root's, so that it can be told whether libvirt gives the disk back to its owner.
+    let owned = (1234, 5678, 0o640);
+    chown(&place.disk("a", "disk"), owned);
+
+    let a = place.start(
+        "a",
+        "disks,write=alpha:8,fill=64,wait=vdd,disks,use=vdc,use=vdd,write=gamma:4,leave=vdc,leave=vdd,gone=vdd,drop,trim,verify",
+    );
+    let b = place.start("b", "write=beta:4,verify,hang");
+    a.wait_for("cowdisk-guest: filled /mnt/local");
+    b.wait_for("cowdisk-guest: hanging");
+    assert_ne!(owner(&place.disk("a", "disk")).0, owned.0, "QEMU's user owns the disk of a running guest");
+    check_what_is_refused(&place, &a, &b);
+
+    let filled = ["disk", "disk.local"].map(|disk| allocated(&place.disk("a", disk)));
+    resize(&a, "vdb", "1536M");
+    hot_attach_and_detach(&place, &a);
+    let a_said = a.wait_until_off();
+    b.stop();
+
+    let trimmed = ["disk", "disk.local"].map(|disk| allocated(&place.disk("a", disk)));
+    for (filled, trimmed) in filled.into_iter().zip(trimmed) {
+        // Since it was filled gamma has been written, too, but nothing else of that size.
+        assert!(
+            trimmed + 56 * MIB < filled,
+            "of {filled} bytes {trimmed} are left after 64 MiB were trimmed"
+        );
+    }
+    assert_eq!(owner(&place.disk("a", "disk")), owned, "after the guest the disk has its owner again");
+    let checksum = sha256(&content("alpha", 8 * MIB));
+    assert_eq!(a_said.matches(&format!("/alpha bytes={} sha256={checksum}", 8 * MIB)).count(), 2, "{a_said}");
+
+    // From now on by a daemon that has seen nothing of all that.
+    place.remount();
+    for disk in ["disk", "disk.local"] {
+        for instance in ["a", "b", "hot", "idle"] {
+            assert_clean_ext4(&place.disk(instance, disk));
+        }
+        assert_holds(&place.disk("a", disk), "alpha", 8 * MIB);
+        assert_holds(&place.disk("a", disk), "gamma", 4 * MIB);
+        assert_holds(&place.disk("b", disk), "beta", 4 * MIB);
+        assert_holds(&place.disk("hot", disk), "gamma", 4 * MIB);
+        assert_eq!(files_on(&place.disk("a", disk)), ["alpha", "gamma"]);
+        assert_eq!(files_on(&place.disk("b", disk)), ["beta"]);
+        assert_eq!(files_on(&place.disk("hot", disk)), ["gamma"]);
+    }
+    assert_same(&place.disk("idle", "disk"), &place.source_image());
+    assert_same(&place.base_image(), &place.source_image());
+    place.cowdisk(&["image", "verify", IMAGE]);
+    let map = place.cowdisk(&["map", &place.name("idle"), "--output", "json"]);
+    assert!(!map.contains("\"depth\":0,\"present\":true"), "nothing of the idle disk is its own:\n{map}");
+}
+
+/// Everything that would take a disk away from a running guest, or give it to two.
+fn check_what_is_refused(place: &Place, a: &Guest<'_>, b: &Guest<'_>) {
+    let says = place.refused(&["libvirt", "attach", &b.domain, &a.domain]);
+    assert!(says.contains("Failed to get \"write\" lock"), "{says}");
+    let disks = String::from_utf8(virsh(&["domblklist", &b.domain]).stdout).unwrap();
+    assert_eq!(disks.lines().filter(|line| line.contains("vd")).count(), 2, "none stays attached:\n{disks}");
+
+    let says = place.refused(&["libvirt", "start", &a.domain]);
+    assert!(says.contains("already exists"), "{says}");
+    let says = place.refused(&["instance", "remove", &a.domain]);
+    assert!(says.contains("open elsewhere"), "{says}");
+    let says = place.refused(&["image", "remove", IMAGE]);
+    assert!(says.contains(&a.domain), "{says}");
+
+    let says = place.refused(&["umount", path(&place.mountpoint())]);
+    for part in ["qemu-system", path(&place.disk("a", "disk")), path(&place.disk("b", "disk.local"))] {
+        assert!(says.contains(part), "no {part} in: {says}");
+    }
+}
+
+/// Makes a running guest's disk larger.
+fn resize(guest: &Guest<'_>, disk: &str, size: &str) {
+    let output = virsh(&["blockresize", &guest.domain, disk, size]);
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+}
+
+/// Gives the guest, which waits for them, two more disks, and takes them away once it has used them.
+fn hot_attach_and_detach(place: &Place, guest: &Guest<'_>) {
+    let hot = place.name("hot");
+    let says = place.cowdisk(&["libvirt", "attach", &guest.domain, &hot]);
+    assert!(says.contains("vdc, vdd"), "{says}");
+    let says = place.refused(&["libvirt", "attach", &guest.domain, &hot]);
+    assert!(says.contains("attached to domain"), "{says}");
+    guest.wait_for("cowdisk-guest: there is vdd");
+    guest.wait_for(&format!("cowdisk-guest: disk vdb bytes={}", 1536 * MIB));
+    guest.wait_for("cowdisk-guest: unmounted vdd");
+    place.cowdisk(&["libvirt", "detach", &guest.domain, &hot]);
+    guest.wait_for("cowdisk-guest: gone is vdd");
+    let says = place.refused(&["libvirt", "detach", &guest.domain, &hot]);
+    assert!(says.contains("has no disk of instance"), "{says}");
+}
+
+#[test]
+fn a_guest_finds_again_what_it_had_synced_when_its_plug_was_pulled() {
+    let place = Place::new();
+    place.create("overlay", &["--flavor", "xfs", "--block-size", "64K"]);
+    place.create("full", &["--flavor", "ext4", "--no-cow", "--root-size", "1500M"]);
+    let disks = [("overlay", "disk"), ("overlay", "disk.local"), ("full", "disk"), ("full", "disk.local")];
+
+    let guests = ["overlay", "full"].map(|instance| place.start(instance, "disks,write=before:8,hang"));
+    for guest in guests {
+        guest.wait_for("cowdisk-guest: hanging");
+        guest.pull_the_plug();
+    }
+    place.remount();
+    let guests = ["overlay", "full"].map(|instance| place.start(instance, "verify,write=after:2,verify"));
+    for guest in guests {
+        let console = guest.wait_until_off();
+        assert_eq!(console.matches("cowdisk-guest: verified").count(), 4, "{console}");
+    }
+
+    place.remount();
+    for (instance, disk) in disks {
+        let file = place.disk(instance, disk);
+        assert_eq!(owner(&file), (0, 0, 0o600), "{instance}/{disk}");
+        if (instance, disk) == ("overlay", "disk.local") {
+            assert_clean_xfs(&file);
+        } else {
+            assert_clean_ext4(&file);
+            assert_holds(&file, "before", 8 * MIB);
+            assert_holds(&file, "after", 2 * MIB);
+        }
+    }
+    assert_same(&place.base_image(), &place.source_image());
+}
+
+fn chown(file: &Path, (user, group, mode): (u32, u32, u32)) {
+    std::os::unix::fs::chown(file, Some(user), Some(group)).unwrap();
+    std::fs::set_permissions(file, Permissions::from_mode(mode)).unwrap();
+}

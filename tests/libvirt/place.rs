@@ -1,0 +1,307 @@
+//! A mounted store with the Debian guest's image, where libvirt's QEMU can reach it, and the guests that run from it.
+
+use std::fs::{File, Permissions};
+use std::io::{Read, Seek};
+use std::os::unix::fs::{MetadataExt, PermissionsExt};
+use std::os::unix::process::CommandExt;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Output, Stdio};
+use std::time::{Duration, Instant};
+
+/// The image that every store has.
+pub const IMAGE: &str = "debian";
+
+/// How long a guest may take for anything, on a busy machine whose processor is emulated.
+const PATIENCE: Duration = Duration::from_secs(240);
+
+const PAUSE: Duration = Duration::from_millis(100);
+
+const URI: &str = "qemu:///system";
+
+/// Ends what a test has started and removes what it has made, once its standard input ends: with the test, however that
+/// ends. Its process group is its own, so that what kills a test does not kill it, and it keeps libvirt there meanwhile.
+const JANITOR: &str = r#"
+cat >/dev/null
+domains=$1 folder=$2 run=$3 cowdisk=$4 result=0
+for domain in $(virsh -q list --name | grep "^$domains-"); do
+    virsh -q destroy "$domain" || result=1
+done
+if grep -qF " $folder/mnt " /proc/self/mountinfo; then
+    timeout 60 "$cowdisk" umount "$folder/mnt" || { result=1; umount --lazy "$folder/mnt"; }
+fi
+rm -rf --one-file-system "$folder" "$run" || result=1
+exit $result
+"#;
+
+/// A mounted store of a test's own.
+pub struct Place {
+    /// The folder that holds all of it, which QEMU's user may pass through.
+    folder: PathBuf,
+    run: PathBuf,
+    /// What the names of the test's instances, and so of its domains, begin with.
+    prefix: String,
+    /// Where `scripts/guest-image` has put root.raw, vmlinuz and initrd.
+    source: PathBuf,
+    janitor: Option<Child>,
+    janitor_says: File,
+}
+
+impl Place {
+    /// A mounted store that holds the image and three flavors: `ext4` of 1 GiB, `xfs` of 1 GiB, and `swap` of 64 MiB.
+    pub fn new() -> Self {
+        require();
+        let source = guest_image();
+        let folder = tempfile::Builder::new().prefix("cowdisk-test-").tempdir_in("/var/tmp").unwrap().keep();
+        std::fs::set_permissions(&folder, Permissions::from_mode(0o711)).unwrap();
+        let run = tempfile::Builder::new().prefix("cowdisk-test-").tempdir_in("/dev/shm").unwrap().keep();
+        let unique = folder.file_name().unwrap().to_str().unwrap().replace(".tmp", "");
+        let janitor_says = tempfile::tempfile().unwrap();
+        let janitor = Command::new(script("libvirtd"))
+            .args(["run", "sh", "-c", JANITOR, "janitor", &unique])
+            .args([&folder, &run, Path::new(env!("CARGO_BIN_EXE_cowdisk"))])
+            .env("LIBVIRT_DEFAULT_URI", URI)
+            .env_remove("VIRSH_DEFAULT_CONNECT_URI")
+            .stdin(Stdio::piped())
+            .stdout(janitor_says.try_clone().unwrap())
+            .stderr(janitor_says.try_clone().unwrap())
+            .process_group(0)
+            .spawn()
+            .unwrap();
+        let place = Self { folder, run, prefix: unique, source, janitor: Some(janitor), janitor_says };
+        std::fs::create_dir(place.mountpoint()).unwrap();
+        place.cowdisk(&["init"]);
+        place.import();
+        place.cowdisk(&["flavor", "add", "ext4", "--local-size", "1G"]);
+        place.cowdisk(&["flavor", "add", "xfs", "--local-size", "1G", "--fs", "xfs"]);
+        place.mount();
+        place
+    }
+
+    fn import(&self) {
+        let [root, kernel, ramdisk] =
+            ["root.raw", "vmlinuz", "initrd"].map(|name| self.source.join(name).display().to_string());
+        self.cowdisk(&["image", "import", IMAGE, &root, "--kernel", &kernel, "--ramdisk", &ramdisk]);
+    }
+
+    pub fn mountpoint(&self) -> PathBuf {
+        self.folder.join("mnt")
+    }
+
+    pub fn mount(&self) {
+        self.cowdisk(&["mount", self.mountpoint().to_str().unwrap()]);
+    }
+
+    /// Unmounts, which takes every disk to the host's disk, and mounts anew.
+    pub fn remount(&self) {
+        self.cowdisk(&["umount", self.mountpoint().to_str().unwrap()]);
+        self.mount();
+    }
+
+    /// The name of an instance, and of its domain, that nobody else has.
+    pub fn name(&self, instance: &str) -> String {
+        format!("{}-{instance}", self.prefix)
+    }
+
+    /// Makes an instance with the rest of the arguments of `cowdisk instance create`.
+    pub fn create(&self, instance: &str, arguments: &[&str]) {
+        let name = self.name(instance);
+        self.cowdisk(&[&["instance", "create", &name, "--image", IMAGE], arguments].concat());
+    }
+
+    /// A disk in the mount.
+    pub fn disk(&self, instance: &str, disk: &str) -> PathBuf {
+        self.mountpoint().join("instances").join(self.name(instance)).join(disk)
+    }
+
+    /// What was imported.
+    pub fn source_image(&self) -> PathBuf {
+        self.source.join("root.raw")
+    }
+
+    /// The store's own file with what was imported.
+    pub fn base_image(&self) -> PathBuf {
+        let bases = std::fs::read_dir(self.folder.join("store/bases")).unwrap();
+        let files = bases.map(|base| base.unwrap().path().join("base.raw"));
+        let size = self.source_image().metadata().unwrap().size();
+        let same = |file: &Path| {
+            file.metadata().unwrap().size() == size && file_starts_alike(file, &self.source_image())
+        };
+        files.into_iter().find(|file| same(file)).expect("the base is in the store")
+    }
+
+    fn command(&self, arguments: &[&str]) -> Command {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_cowdisk"));
+        command
+            .args(arguments)
+            .env("COWDISK_STORE", self.folder.join("store"))
+            .env("COWDISK_RUN_DIR", &self.run)
+            .env("LIBVIRT_DEFAULT_URI", URI)
+            .env_remove("VIRSH_DEFAULT_CONNECT_URI")
+            .env_remove("COWDISK_LOG")
+            .env("LC_ALL", "C")
+            .stdin(Stdio::null());
+        command
+    }
+
+    /// Runs `cowdisk`, which must succeed, and returns its output.
+    pub fn cowdisk(&self, arguments: &[&str]) -> String {
+        succeeded(&format!("cowdisk {}", arguments.join(" ")), &self.command(arguments).output().unwrap())
+    }
+
+    /// Runs `cowdisk`, which must fail with exit code 1, and returns what it says.
+    pub fn refused(&self, arguments: &[&str]) -> String {
+        let output = self.command(arguments).output().unwrap();
+        let says = String::from_utf8_lossy(&output.stderr).into_owned();
+        assert_eq!(output.status.code(), Some(1), "cowdisk {}: {says}", arguments.join(" "));
+        says
+    }
+
+    /// Starts an instance as a guest that does `job`, in the words of `scripts/guest/cowdisk-guest`.
+    pub fn start(&self, instance: &str, job: &str) -> Guest<'_> {
+        let domain = self.name(instance);
+        let console = self.folder.join(format!("{instance}.console"));
+        // Without no_timer_check a kernel may give up on the timer of an emulated machine that gets too little time.
+        let append = format!(
+            "console=ttyS0 quiet no_timer_check panic=-1 root=/dev/vda ro init=/usr/local/sbin/cowdisk-guest cowdisk.job={job}"
+        );
+        let log = console.to_str().unwrap();
+        self.cowdisk(&["libvirt", "start", &domain, "--append", &append, "--console-log", log]);
+        Guest { place: self, domain, console }
+    }
+}
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        let Some(mut janitor) = self.janitor.take() else { return };
+        drop(janitor.stdin.take());
+        let status = janitor.wait();
+        if std::thread::panicking() || status.as_ref().is_ok_and(|status| status.success()) {
+            return;
+        }
+        let mut says = String::new();
+        let _ = self.janitor_says.rewind().and_then(|()| self.janitor_says.read_to_string(&mut says));
+        panic!("cannot clean up: {status:?}: {says}");
+    }
+}
+
+/// A running domain.
+pub struct Guest<'a> {
+    place: &'a Place,
+    pub domain: String,
+    console: PathBuf,
+}
+
+impl Guest<'_> {
+    /// Everything that the guest has said.
+    pub fn console(&self) -> String {
+        String::from_utf8_lossy(&std::fs::read(&self.console).unwrap()).into_owned()
+    }
+
+    /// Waits until the guest has said a line with `words`, and returns that line from there.
+    pub fn wait_for(&self, words: &str) -> String {
+        let end = Instant::now() + PATIENCE;
+        loop {
+            let runs = self.is_running();
+            let console = self.console();
+            if let Some(line) = line_with(&console, words) {
+                return line;
+            }
+            let trouble =
+                ["cowdisk-guest: job failed", "Kernel panic"].iter().find(|&&words| console.contains(words));
+            assert!(trouble.is_none() && runs, "{}: no {words:?} in its console:\n{console}", self.domain);
+            assert!(Instant::now() < end, "{}: waited in vain for {words:?}:\n{console}", self.domain);
+            std::thread::sleep(PAUSE);
+        }
+    }
+
+    /// Waits until the guest has done its job and its domain is gone; returns the console.
+    pub fn wait_until_off(self) -> String {
+        self.wait_for("cowdisk-guest: job done");
+        let end = Instant::now() + PATIENCE;
+        while self.is_running() {
+            assert!(Instant::now() < end, "{}: does not power off:\n{}", self.domain, self.console());
+            std::thread::sleep(PAUSE);
+        }
+        self.console()
+    }
+
+    /// Asks the guest to power off, and waits.
+    pub fn stop(self) -> String {
+        self.place.cowdisk(&["libvirt", "stop", &self.domain, "--timeout", "240"]);
+        assert!(!self.is_running());
+        self.console()
+    }
+
+    /// Ends it without asking.
+    pub fn pull_the_plug(self) {
+        self.place.cowdisk(&["libvirt", "stop", &self.domain, "--force"]);
+        assert!(!self.is_running());
+    }
+
+    fn is_running(&self) -> bool {
+        virsh(&["domstate", &self.domain]).status.success()
+    }
+}
+
+fn line_with(console: &str, words: &str) -> Option<String> {
+    // The last line may not be whole yet.
+    let whole = &console[..console.rfind('\n')? + 1];
+    whole.lines().find_map(|line| line.find(words).map(|at| line[at..].trim_end().to_owned()))
+}
+
+pub fn virsh(arguments: &[&str]) -> Output {
+    Command::new("virsh").args(["-q", "-c", URI]).args(arguments).stdin(Stdio::null()).output().unwrap()
+}
+
+/// Runs a tool, which must succeed, and returns its output.
+pub fn tool(program: &str, arguments: &[&str]) -> Vec<u8> {
+    let output = Command::new(program)
+        .args(arguments)
+        .stdin(Stdio::null())
+        .output()
+        .unwrap_or_else(|error| panic!("{program}: {error}: run scripts/install-deps test"));
+    succeeded(&format!("{program} {}", arguments.join(" ")), &output);
+    output.stdout
+}
+
+fn succeeded(what: &str, output: &Output) -> String {
+    let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
+    let (stdout, stderr) = (text(&output.stdout), text(&output.stderr));
+    assert!(output.status.success(), "{what}: {}\n{stdout}{stderr}", output.status);
+    stdout
+}
+
+fn file_starts_alike(one: &Path, other: &Path) -> bool {
+    let start = |path: &Path| {
+        let mut bytes = vec![0; 1 << 16];
+        File::open(path).unwrap().read_exact(&mut bytes).unwrap();
+        bytes
+    };
+    start(one) == start(other)
+}
+
+/// What these tests cannot do without. They never skip: a green run is to mean that guests ran.
+fn require() {
+    const HOW: &str = "scripts/test --test libvirt sees to all that these tests need";
+    assert!(rustix::process::geteuid().is_root(), "guests are run as root: {HOW}");
+    assert!(
+        Path::new("/dev/fuse").exists(),
+        "there is no /dev/fuse: load the kernel's module fuse, or give it to the container"
+    );
+    let version = Command::new("virsh").args(["-q", "-c", URI, "uri"]).stdin(Stdio::null()).output();
+    match version {
+        Ok(output) if output.status.success() => {}
+        Ok(output) => panic!("no libvirt answers: {}{HOW}", String::from_utf8_lossy(&output.stderr)),
+        Err(error) => panic!("virsh: {error}: {HOW}"),
+    }
+}
+
+/// The folder with the Debian guest; made now if it is not there.
+fn guest_image() -> PathBuf {
+    let said = tool(script("guest-image").to_str().unwrap(), &[]);
+    PathBuf::from(String::from_utf8(said).unwrap().trim_end())
+}
+
+fn script(name: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("scripts").join(name)
+}

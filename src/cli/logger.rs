@@ -5,10 +5,8 @@ use std::io::Write as _;
 use log::{LevelFilter, Log, Metadata, Record};
 
 use super::output::one_line;
+use crate::daemon::LOG_VARIABLE;
 use crate::error::{Error, ErrorKind, Result};
-
-/// The environment variable that chooses the level where no flag does.
-const VARIABLE: &str = "COWDISK_LOG";
 
 struct Logger;
 
@@ -50,13 +48,13 @@ pub fn start(verbose: u8, quiet: bool) -> Result<()> {
 }
 
 fn level_of_environment() -> Result<LevelFilter> {
-    match std::env::var_os(VARIABLE) {
+    match std::env::var_os(LOG_VARIABLE) {
         None => Ok(LevelFilter::Warn),
         Some(text) if text.is_empty() => Ok(LevelFilter::Warn),
         Some(text) => text.to_str().and_then(|text| text.parse().ok()).ok_or_else(|| {
             Error::new(
                 ErrorKind::Invalid,
-                format!("{VARIABLE}={}: must be off, error, warn, info, debug or trace", text.display()),
+                format!("{LOG_VARIABLE}={}: must be off, error, warn, info, debug or trace", text.display()),
             )
         }),
     }

@@ -21,7 +21,7 @@ use std::path::Path;
 pub use holders::{Holder, holders};
 pub use mounts::{MountEntry, mounts};
 pub use options::{FLUSH_SECONDS, FLUSH_SECONDS_MAX, MountOptions, THREADS_MAX};
-pub use readiness::SpawnRequest;
+pub use readiness::{LOG_VARIABLE, SpawnRequest};
 pub use serve::serve;
 pub use unmount::unmount;
 
@@ -35,7 +35,7 @@ const LOG: &str = "daemon.log";
 
 /// Mounts the store in the background: starts this program again as `PROGRAM --store STORE mount -f -o OPTIONS --
 /// MOUNTPOINT` and returns once files can be read. The daemon's stderr goes to `options.log`, or to a file in the run
-/// directory.
+/// directory; it logs as much as this process does.
 ///
 /// # Errors
 /// The daemon's own.

@@ -59,11 +59,11 @@ impl MountOptions {
     /// Reads comma-separated options; an empty text or empty options are fine, and of contradicting ones the last
     /// holds.
     ///
-    /// Ours: `ro`, `rw`, `threads=N`, `allow_other`, `noallow_other`, `flush=SECONDS`, `accept_loss`,
-    /// `log=FILE`. Those that only concern mount(8), systemd or the caches of other filesystems are accepted and do
-    /// nothing: `defaults`, `auto`, `noauto`, `nofail`, `user`, `users`, `owner`, `group` and their `no…`, `_netdev`, `x-…`, `comment=…`, `async`,
-    /// `atime`, `noatime`, `relatime`, `nodiratime`. So are those that always hold: `nosuid`, `nodev`, `noexec`,
-    /// `default_permissions`.
+    /// Ours: `ro`, `rw`, `threads=N`, `allow_other`, `noallow_other`, `flush=SECONDS`, `accept_loss`, `log=FILE`. Those
+    /// that only concern mount(8), systemd or the caches of other filesystems are accepted and do nothing: `defaults`,
+    /// `auto`, `noauto`, `nofail`, `user`, `users`, `owner`, `group` and their `no…`, `_netdev`, `x-…`, `comment=…`,
+    /// `async`, `atime`, `noatime`, `relatime`, `nodiratime`. So are those that always hold: `nosuid`, `nodev`,
+    /// `noexec`, `default_permissions`.
     ///
     /// # Errors
     /// [`ErrorKind::Invalid`], naming the option: one that is not known, a value out of range, and `suid`, `dev` and

@@ -16,6 +16,10 @@ use crate::error::{Context, Error, ErrorKind, Result};
 /// Set to 1 in the environment of a daemon whose stdout is the pipe to the command that started it.
 const VARIABLE: &str = "COWDISK_READY_ON_STDOUT";
 
+/// The environment variable that chooses how much the command line logs. A daemon is given the level of whoever starts
+/// it.
+pub const LOG_VARIABLE: &str = "COWDISK_LOG";
+
 /// Longest line that is read from a daemon, in bytes.
 const LINE_BYTES_MAX: u64 = 64 << 10;
 
@@ -48,8 +52,13 @@ enum Word {
 /// The daemon's own error, with its kind and hint; or that it ended without a word, naming its log.
 pub(super) fn start(request: &SpawnRequest<'_>) -> Result<()> {
     let what = || format!("start the daemon {}", request.program.display());
-    let log = open_log(request.log)?;
-    let mut child = Command::new(request.program)
+    let log_file = open_log(request.log)?;
+    let mut command = Command::new(request.program);
+    // Who logs nothing, such as a program without a logger, leaves it to the environment.
+    if log::max_level() != log::LevelFilter::Off {
+        command.env(LOG_VARIABLE, log::max_level().as_str().to_ascii_lowercase());
+    }
+    let mut child = command
         .arg("--store")
         .arg(request.store)
         .args(["mount", "-f", "-o"])
@@ -60,7 +69,7 @@ pub(super) fn start(request: &SpawnRequest<'_>) -> Result<()> {
         .current_dir("/")
         .stdin(Stdio::null())
         .stdout(Stdio::piped())
-        .stderr(Stdio::from(log))
+        .stderr(Stdio::from(log_file))
         .spawn()
         .context(what)?;
     let mut line = String::new();
@@ -216,6 +225,16 @@ mod tests {
         result.unwrap();
         let said = std::fs::read_to_string(log).unwrap();
         assert_eq!(said, "--store /the/store mount -f -o rw,threads=2,flush=5 -- /the/mountpoint\n");
+    }
+
+    /// A daemon in the background logged as if no `-v` had been given.
+    #[test]
+    fn a_daemon_logs_as_much_as_who_starts_it() {
+        log::set_max_level(log::LevelFilter::Debug);
+        let (result, log, _folder) = started("echo $COWDISK_LOG >&2; echo '\"ready\"'");
+        log::set_max_level(log::LevelFilter::Off);
+        result.unwrap();
+        assert_eq!(std::fs::read_to_string(log).unwrap(), "debug\n");
     }
 
     #[test]

@@ -20,6 +20,10 @@ const DIOINFO: u32 = 0x800C_581E;
 /// Largest direct request that [`DIOINFO`] tells of, in bytes: the largest multiple of a page that fits its 32 bits.
 const DIRECT_BYTES_MAX: u32 = 0x7fff_f000;
 
+/// Most bytes that are zeroed or preallocated in one go, for writes to the same blocks wait meanwhile. Guests discard whole
+/// disks.
+const PIECE_BYTES: u64 = 1 << 30;
+
 /// How a file is opened.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct OpenMode {
@@ -129,9 +133,17 @@ impl OpenFile {
         const KEEP: i32 = libc::FALLOC_FL_KEEP_SIZE;
         match mode {
             PUNCH | ZERO | ZERO_KEEP => {
-                self.disk_in_range(offset, len)?.change(|disk| disk.zero(offset, len))?;
+                let disk = self.disk_in_range(offset, len)?;
+                for (offset, len) in pieces(offset, len) {
+                    disk.change(|disk| disk.zero(offset, len))?;
+                }
             }
-            0 | KEEP => self.disk_in_range(offset, len)?.change(|disk| disk.preallocate(offset, len))?,
+            0 | KEEP => {
+                let disk = self.disk_in_range(offset, len)?;
+                for (offset, len) in pieces(offset, len) {
+                    disk.change(|disk| disk.preallocate(offset, len))?;
+                }
+            }
             _ => return Err(Errno::NOT_SUPPORTED.into()),
         }
         Ok(())
@@ -185,6 +197,15 @@ impl OpenFile {
     }
 }
 
+/// The parts of a range between multiples of [`PIECE_BYTES`], each with its length.
+fn pieces(offset: u64, len: u64) -> impl Iterator<Item = (u64, u64)> {
+    let end = offset.saturating_add(len);
+    let end_of = move |at: u64| end.min((at / PIECE_BYTES + 1).saturating_mul(PIECE_BYTES));
+    std::iter::successors(Some(offset), move |at| Some(end_of(*at)))
+        .take_while(move |at| *at < end)
+        .map(move |at| (at, end_of(at) - at))
+}
+
 /// Direct I/O must be aligned to sectors. This is also how QEMU learns that a disk has sectors of 512 bytes: it tries to
 /// read a single byte, and would take larger sectors if that succeeded.
 fn check_alignment(direct: bool, offset: u64, len: u64) -> Outcome<()> {
@@ -192,4 +213,22 @@ fn check_alignment(direct: bool, offset: u64, len: u64) -> Outcome<()> {
         return Err(Errno::INVALID.into());
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn pieces_cover_a_range_and_end_at_their_multiples() {
+        let all = |offset, len| pieces(offset, len).collect::<Vec<_>>();
+        assert_eq!(all(512, 0), []);
+        assert_eq!(all(512, 1024), [(512, 1024)]);
+        assert_eq!(all(0, PIECE_BYTES), [(0, PIECE_BYTES)]);
+        let third = PIECE_BYTES * 2;
+        assert_eq!(
+            all(PIECE_BYTES - 512, PIECE_BYTES + 1024),
+            [(PIECE_BYTES - 512, 512), (PIECE_BYTES, PIECE_BYTES), (third, 512)]
+        );
+    }
 }

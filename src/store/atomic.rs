@@ -60,11 +60,22 @@ impl<'a> Draft<'a> {
         ))
     }
 
-    /// Renames the draft to its place and makes that durable. The contents must be synced.
+    /// Renames the draft to its place and makes that durable. The contents must be synced. After an error the place is
+    /// as it was before, or the message says what may be there.
     fn publish(mut self, parent: &Dir, name: &str, flags: RenameFlags) -> Result<()> {
         rename(self.tmp, &self.name, parent, name, flags)?;
         self.armed = false;
-        parent.sync()
+        let Err(error) = parent.sync() else { return Ok(()) };
+        if !flags.contains(RenameFlags::NOREPLACE) {
+            return Err(error.context("replaced, but a crash may bring the old one back"));
+        }
+        match rename(parent, name, self.tmp, &self.name, RenameFlags::NOREPLACE) {
+            Ok(()) => {
+                self.armed = true;
+                Err(error)
+            }
+            Err(undo) => Err(error.context(format!("made, but a crash may undo it ({undo})"))),
+        }
     }
 }
 
@@ -326,6 +337,23 @@ mod tests {
         replace_file(&s.tmp, &s.root, "x", b"two").unwrap();
         assert_eq!(read_file(&s.root, "x", 10).unwrap(), b"two");
         assert!(read_file(&s.root, "x", 2).is_err());
+        assert!(s.tmp.names().unwrap().is_empty());
+    }
+
+    /// What had been renamed to its place stayed there, though the error said that nothing was made.
+    #[test]
+    fn what_cannot_be_made_durable_is_taken_back() {
+        let s = scratch();
+        let place = Dir::open_unsyncable(s.root.path()).unwrap();
+        let mut draft = DraftFile::new(&s.tmp, "x").unwrap();
+        draft.write_all(b"one").unwrap();
+        assert!(draft.commit(&place, "x").is_err());
+        assert!(DraftDir::new(&s.tmp, "y").unwrap().commit(&place, "y").is_err());
+        assert!(!s.root.has("x").unwrap() && !s.root.has("y").unwrap());
+        s.root.create_file("x", MODE_PRIVATE).unwrap();
+        let error = replace_file(&s.tmp, &place, "x", b"two").unwrap_err();
+        assert!(error.to_string().starts_with("replaced, but"), "{error}");
+        assert_eq!(read_file(&s.root, "x", 10).unwrap(), b"two");
         assert!(s.tmp.names().unwrap().is_empty());
     }
 

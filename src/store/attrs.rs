@@ -165,6 +165,16 @@ impl Store {
         };
         Ok(Attributes { uid: stat.st_uid, gid: stat.st_gid, mode, xattrs: BTreeMap::new() })
     }
+
+    /// Removes a record from [`layout::ATTRS`] so that no crash brings it back for a later object of that name. Nothing
+    /// there is no error.
+    pub(super) fn forget_attributes(&self, file: &str) -> Result<()> {
+        if !self.attrs.has(file)? {
+            return Ok(());
+        }
+        self.attrs.unlink(file)?;
+        self.attrs.sync()
+    }
 }
 
 /// The folder of a record of attributes.

@@ -50,6 +50,8 @@ impl Store {
         if self.boot.has(&name)? {
             return Ok(());
         }
+        // Of an earlier one of that content, should a crash have left it.
+        self.forget_attributes(&layout::boot_attributes_file(&draft.id))?;
         draft.file.commit(&self.boot, &name)
     }
 
@@ -90,6 +92,6 @@ impl Store {
             return Ok(());
         }
         Removal::begin(&self.tmp, &self.boot, &id.to_string())?.finish()?;
-        self.attrs.unlink(&layout::boot_attributes_file(id))
+        self.forget_attributes(&layout::boot_attributes_file(id))
     }
 }

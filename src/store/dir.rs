@@ -44,6 +44,14 @@ impl Dir {
         Ok(Self { fd, path: path.to_owned() })
     }
 
+    /// Opens a folder so that all but syncing it works.
+    #[cfg(test)]
+    pub(super) fn open_unsyncable(path: &Path) -> Result<Self> {
+        let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
+        let fd = rustix::fs::open(path, flags, Mode::empty()).context(|| "open a folder by its path")?;
+        Ok(Self { fd, path: path.to_owned() })
+    }
+
     /// The path of `name` in this folder, for messages.
     pub(super) fn path_of(&self, name: &str) -> PathBuf {
         self.path.join(name)

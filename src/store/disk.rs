@@ -94,14 +94,6 @@ impl Disk {
         both!(self, disk => disk.size())
     }
 
-    /// See [`Overlay::allocated`].
-    ///
-    /// # Errors
-    /// Those of the host.
-    pub fn allocated(&self) -> Result<u64> {
-        both!(self, disk => disk.allocated())
-    }
-
     /// See [`Overlay::read_at`].
     ///
     /// # Errors

@@ -19,7 +19,7 @@ use super::timestamp::Timestamp;
 use super::tool::{Limits, Tool};
 use super::{Store, copy, images, layout};
 use crate::error::{Context, Error, ErrorKind, Result};
-use crate::format::{BaseId, BaseRef};
+use crate::format::BaseId;
 use crate::units::{HumanBytes, check_disk_bytes};
 
 /// The label of every local disk's filesystem, by which a guest mounts it.
@@ -113,16 +113,6 @@ pub struct Flavor {
     pub base: Option<BaseId>,
     /// When it was added.
     pub created: Timestamp,
-}
-
-impl Flavor {
-    /// What an overlay for one of its local disks is made over.
-    pub fn base_ref(&self) -> BaseRef {
-        match self.base {
-            Some(id) => BaseRef::Image { id, size: self.local_size },
-            None => BaseRef::Blank,
-        }
-    }
 }
 
 /// A flavor to be added.

@@ -145,7 +145,7 @@ impl Store {
         let record = record::draft(&self.tmp, "image", &image.to_record())?;
         record.make_sign()?;
         // Of an earlier image of that name, should a crash have left it.
-        self.attrs.unlink(&layout::image_attributes_file(&image.name))?;
+        self.forget_attributes(&layout::image_attributes_file(&image.name))?;
         self.publish_base(base, &image.base, &lock)?;
         for boot_file in boot_files.into_iter().flatten() {
             self.publish_boot_file(boot_file, &lock)?;
@@ -222,7 +222,7 @@ impl Store {
                 self.remove_boot_file(id, &lock)?;
             }
         }
-        self.attrs.unlink(&layout::image_attributes_file(name))?;
+        self.forget_attributes(&layout::image_attributes_file(name))?;
         removal.finish()
     }
 

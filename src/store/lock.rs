@@ -4,8 +4,8 @@
 //! - *disk lock* (`disk.map` or `disk.raw`): held by whoever has the disk open.
 //! - *serve lock* (`daemon.lock`): held by the daemon for its life; the file says who it is.
 //!
-//! Besides, whoever reads a base or a boot file holds a shared flock of it, and whoever makes something holds the flock
-//! of its draft (`atomic.rs`). Order: store lock, then any of the others, and those never waiting.
+//! Besides, whoever reads a base holds a shared flock of it, and whoever makes something holds the flock of its draft
+//! (`atomic.rs`). A boot file is not locked: who has it open keeps its bytes when it is removed. Order: store lock, then any of the others, and those never waiting.
 
 use std::fs::File;
 use std::path::{Path, PathBuf};

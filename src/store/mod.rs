@@ -150,7 +150,7 @@ impl Store {
     }
 
     /// 32 hex digits that no other store has.
-    pub fn uuid(&self) -> &str {
+    fn uuid(&self) -> &str {
         &self.uuid
     }
 

@@ -10,7 +10,7 @@ fn add(t: &TestStore, flavor: &str, local_size: u64, fs: FlavorFs) -> Result<Fla
 fn a_flavor_without_a_filesystem_needs_no_base() {
     let t = empty_store();
     let flavor = add(&t, "small", 1 << 30, FlavorFs::None).unwrap();
-    assert_eq!(flavor.base_ref(), crate::format::BaseRef::Blank);
+    assert_eq!(flavor.base, None);
     assert_eq!(t.store.flavor(&name("small")).unwrap(), flavor);
     assert_eq!(t.names("bases").len(), 0);
     t.store.remove_flavor(&name("small")).unwrap();

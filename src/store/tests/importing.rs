@@ -192,6 +192,18 @@ fn importing_again_repairs_a_damaged_base() {
     t.store.verify_image(&name("debian"), &NoProgress).unwrap();
 }
 
+/// The removal of a predecessor's attributes was not made durable: a crash could hand them to the new image.
+#[test]
+fn an_image_is_not_imported_before_the_attributes_of_its_predecessor_are_gone_for_good() {
+    let mut t = empty_store();
+    File::create(t.path("attrs/image-debian.json")).unwrap();
+    t.store.attrs = Dir::open_unsyncable(&t.path("attrs")).unwrap();
+    t.import("debian", &image_bytes()).unwrap_err();
+    assert_eq!(t.names("images").len() + t.names("bases").len() + t.names("tmp").len(), 0);
+    // Nothing is synced where there was nothing to remove.
+    t.import("debian", &image_bytes()).unwrap();
+}
+
 /// The damaged base used to be removed before the new one came, so that a crash left overlays without any.
 #[test]
 fn a_base_that_is_being_repaired_is_never_gone() {

@@ -234,6 +234,9 @@ pub struct MapArgs {
     /// A table for people, or the fields of `qemu-img map --output=json`
     #[arg(long, value_enum, default_value_t = MapForm::Human)]
     pub output: MapForm,
+    /// The same as --output json
+    #[arg(long, conflicts_with = "output")]
+    pub json: bool,
 }
 
 /// One disk of one instance.

@@ -11,7 +11,8 @@ use crate::units::HumanBytes;
 pub(super) fn run(session: &mut Session, args: &MapArgs) -> Result<()> {
     let MapTarget { instance, disk } = &args.target;
     let map = session.open_store()?.disk_map(instance, *disk)?;
-    match args.output {
+    let form = if args.json { MapForm::Json } else { args.output };
+    match form {
         MapForm::Json => json(session, &map),
         MapForm::Human => {
             session.output.line(map::HEADING)?;

@@ -48,5 +48,8 @@ fn check(store: &Store, mountpoint: &Path) -> Result<()> {
 
 /// Unmounts and waits until everything is durable.
 pub(super) fn unmount(mountpoint: &Path) -> Result<()> {
-    daemon::unmount(mountpoint)
+    // Called from a folder below the mountpoint, this command would itself be in the way.
+    let mountpoint = std::path::absolute(mountpoint).context(|| format!("find {}", mountpoint.display()))?;
+    std::env::set_current_dir("/").context(|| "leave the current folder")?;
+    daemon::unmount(&mountpoint)
 }

@@ -53,6 +53,10 @@ pub fn unmount(target: &Path) -> Result<()> {
 fn busy(entry: &MountEntry) -> Error {
     let shown = entry.mountpoint.display();
     let holders = holders::holders(entry.device);
+    if holders.is_empty() && rustix::process::geteuid().is_root() {
+        return Error::new(ErrorKind::Busy, format!("{shown} is in use, but by no process"))
+            .with_hint("a loop device (losetup -a), a mount on top of it, or swap?");
+    }
     if holders.is_empty() {
         return Error::new(
             ErrorKind::Busy,

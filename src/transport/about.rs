@@ -42,7 +42,10 @@ impl About {
             Failure::Error(error) if self.operation == "fsync" || self.operation == "release" => {
                 log::error!("{self}: {error}");
             }
-            Failure::Error(error) => log::warn!("{self}: {error}"),
+            Failure::Error(error) => match error.hint() {
+                Some(hint) => log::warn!("{self}: {error}; {hint}"),
+                None => log::warn!("{self}: {error}"),
+            },
         }
         errno
     }

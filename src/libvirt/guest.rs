@@ -201,7 +201,7 @@ impl Guest {
     ///
     /// # Errors
     /// [`ErrorKind::NotFound`] if it does not run; [`ErrorKind::Invalid`] if a domain of its name runs that is not its
-    /// own; [`ErrorKind::Busy`] if the guest does not power off within `patience`.
+    /// own; [`ErrorKind::Busy`] if the guest is paused, or does not power off within `patience`.
     pub fn stop(&self, virsh: &Virsh, force: bool, patience: Duration) -> Result<()> {
         let name = &self.name;
         let not_running = || Error::new(ErrorKind::NotFound, format!("instance {name}: not running"));
@@ -220,6 +220,11 @@ impl Guest {
         }
         if force {
             return virsh.destroy(name);
+        }
+        if virsh.state(name)?.is_some_and(|state| state == "paused") {
+            let message = format!("instance {name}: its guest is paused and cannot power off");
+            return Err(Error::new(ErrorKind::Busy, message)
+                .with_hint(format!("let it go on: virsh resume {name}; or pull the plug with --force")));
         }
         virsh.shutdown(name)?;
         let deadline = Instant::now() + patience;

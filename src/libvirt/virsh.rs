@@ -80,9 +80,17 @@ impl Virsh {
     /// # Errors
     /// What libvirt says, but for a domain that does not exist.
     pub fn is_running(&self, domain: &str) -> Result<bool> {
+        Ok(self.state(domain)?.is_some_and(|state| state != "shut off"))
+    }
+
+    /// libvirt's word for what a domain does: `running`, `paused`, `shut off`, …; `None` if there is no such domain.
+    ///
+    /// # Errors
+    /// What libvirt says, but for a domain that does not exist.
+    pub fn state(&self, domain: &str) -> Result<Option<String>> {
         match self.run(&["domstate", &domain_argument(domain)], None) {
-            Ok(state) => Ok(state.trim() != "shut off"),
-            Err(error) if error.kind() == ErrorKind::NotFound => Ok(false),
+            Ok(state) => Ok(Some(state.trim().to_owned())),
+            Err(error) if error.kind() == ErrorKind::NotFound => Ok(None),
             Err(error) => Err(error),
         }
     }
@@ -208,11 +216,21 @@ fn failure(arguments: &[&str], status: ExitStatus, stderr: &str) -> Error {
         ErrorKind::Io
     };
     let error = Error::new(kind, format!("virsh {command}: {cause}"));
-    if all.contains("failed to connect to the hypervisor") {
-        return error.with_hint("is libvirtd running? --connect URI chooses another libvirt");
+    match HINTS.iter().find(|(words, _)| all.contains(words)) {
+        Some((_, hint)) => error.with_hint(*hint),
+        None => error,
     }
-    error
 }
+
+/// Words of libvirt and what to do about them.
+const HINTS: [(&str, &str); 6] = [
+    ("failed to connect to the hypervisor", "is libvirtd running? --connect URI chooses another libvirt"),
+    ("Permission denied", "every folder above the mountpoint must be open (o+x) to QEMU's user"),
+    ("Network not found", "see what there is: virsh net-list --all"),
+    ("is not active", "start the network: virsh net-start NAME"),
+    ("domaintype=kvm", "this host has no KVM for guests: leave --type away, or say --type qemu"),
+    ("failed to initialize kvm", "this host has no KVM for guests: leave --type away, or say --type qemu"),
+];
 
 #[cfg(test)]
 mod tests {
@@ -253,7 +271,11 @@ mod tests {
             "error: failed to connect to the hypervisor\nerror: Failed to connect socket to '/run/libvirt/libvirt-sock': No such file or directory\n",
         );
         assert!(error.to_string().ends_with("No such file or directory"), "{error}");
-        assert!(error.hint().is_some());
+        assert!(error.hint().is_some_and(|hint| hint.starts_with("is libvirtd running?")));
+        let error = failure_of(
+            "error: Failed to create domain from /dev/stdin\nerror: Requested operation is not valid: network 'default' is not active\n",
+        );
+        assert_eq!(error.hint(), Some("start the network: virsh net-start NAME"));
     }
 
     #[test]

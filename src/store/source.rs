@@ -98,7 +98,9 @@ impl Source {
             (None, Detected::Foreign(what)) => Err(refuse(format!(
                 "looks like {what}, which cannot be imported"
             ))
-            .with_hint("convert it to raw or qcow2, or state --format raw to import its bytes as they are")),
+            .with_hint(
+                "unpack or convert it to raw or qcow2, or state --format raw to import its bytes as they are",
+            )),
             (Some(stated), Detected::Known(found)) if stated == found => Ok(found),
             (Some(stated), Detected::Known(found)) => {
                 Err(refuse(format!("said to be {stated}, but it is {found}")))

@@ -91,7 +91,7 @@ pub(super) enum Detected {
 
 /// Looks for a magic in the first bytes of a file (up to [`DETECT_BYTES`] are looked at).
 pub(super) fn detect(head: &[u8]) -> Detected {
-    const MAGICS: [(usize, &[u8], Detected); 11] = [
+    const MAGICS: [(usize, &[u8], Detected); 16] = [
         (0, b"QFI\xfb\0\0\0\x01", Detected::Foreign("qcow (version 1)")),
         (0, b"QFI\xfb", Detected::Known(SourceFormat::Qcow2)),
         (0, b"KDMV", Detected::Known(SourceFormat::Vmdk)),
@@ -103,6 +103,11 @@ pub(super) fn detect(head: &[u8]) -> Detected {
         (0, b"QED\0", Detected::Foreign("qed")),
         (0, b"WithoutFreeSpace", Detected::Foreign("parallels")),
         (0, b"WithouFreSpacExt", Detected::Foreign("parallels")),
+        (0, b"\x1f\x8b\x08", Detected::Foreign("a gzip archive")),
+        (0, b"\xfd7zXZ\0", Detected::Foreign("an xz archive")),
+        (0, b"\x28\xb5\x2f\xfd", Detected::Foreign("a zstd archive")),
+        (0, b"BZh", Detected::Foreign("a bzip2 archive")),
+        (0, b"PK\x03\x04", Detected::Foreign("a zip archive")),
     ];
     let found = MAGICS.iter().find(|(at, magic, _)| head.get(*at..at + magic.len()) == Some(*magic));
     found.map_or(Detected::Nothing, |(_, _, detected)| *detected)
@@ -220,6 +225,7 @@ mod tests {
         assert!(matches!(detect(b"QFI\xfb\0\0\0\x01"), Detected::Foreign(_)));
         assert_eq!(detect(b"KDMV"), Detected::Known(SourceFormat::Vmdk));
         assert!(matches!(detect(b"# Disk DescriptorFile\n"), Detected::Foreign(_)));
+        assert_eq!(detect(b"\x1f\x8b\x08\0disk.raw"), Detected::Foreign("a gzip archive"));
         let mut vdi = [0; 512];
         vdi[0x40..0x44].copy_from_slice(b"\x7f\x10\xda\xbe");
         assert_eq!(detect(&vdi), Detected::Known(SourceFormat::Vdi));

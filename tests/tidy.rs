@@ -1,5 +1,5 @@
 //! The rules of ARCHITECTURE.md, read off the sources: which folder may use which, where a crate has its home, where
-//! unsafe code may stand, and how long a file may be.
+//! unsafe code may stand, who may change the host's disk, and how long a file may be.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -36,6 +36,57 @@ const HOMES: [(&str, &[&str]); 11] = [
 ];
 
 const UNSAFE_HOMES: [&str; 3] = ["overlay/live_map.rs", "transport/", "daemon/signals.rs"];
+
+/// What changes the host's disk, or opens a file so that it can be changed.
+const DISK_CHANGES: [&str; 34] = [
+    "Access::ReadWrite",
+    "DirBuilder",
+    "File::create",
+    "File::options",
+    "OFlags::CREATE",
+    "OFlags::RDWR",
+    "OFlags::WRONLY",
+    "OpenOptions",
+    "fs::chmod",
+    "fs::chown",
+    "fs::copy",
+    "fs::create_dir",
+    "fs::fallocate",
+    "fs::fchmod",
+    "fs::fchown",
+    "fs::fdatasync",
+    "fs::fsetxattr",
+    "fs::fsync",
+    "fs::ftruncate",
+    "fs::futimens",
+    "fs::hard_link",
+    "fs::ioctl_ficlone",
+    "fs::link",
+    "fs::mkdir",
+    "fs::mknod",
+    "fs::remove_",
+    "fs::rename",
+    "fs::set_permissions",
+    "fs::symlink",
+    "fs::unlink",
+    "fs::utimens",
+    "fs::write",
+    "io::pwrite",
+    "write_all_at",
+];
+
+/// Who does so beside the seam, and by what; `storage/host.rs` says why.
+const BESIDE_THE_SEAM: [(&str, &[&str]); 9] = [
+    ("overlay/live_map.rs", &["OpenOptions", "fs::fallocate", "fs::remove_", "write_all_at"]),
+    ("store/run_dir.rs", &["DirBuilder"]),
+    ("store/disk.rs", &["Access::ReadWrite", "fs::remove_"]),
+    ("store/dir.rs", &["Access::ReadWrite", "OFlags::CREATE", "OFlags::RDWR"]),
+    ("store/lock.rs", &["write_all_at"]),
+    ("transport/mount.rs", &["File::options"]),
+    ("daemon/readiness.rs", &["File::options"]),
+    ("daemon/farewell.rs", &["File::create"]),
+    ("libvirt/kvm.rs", &["File::create", "OpenOptions"]),
+];
 
 /// Longer files usually hide a second reason to change.
 const LINES_MAX: usize = 500;
@@ -121,6 +172,29 @@ fn unsafe_code_stands_only_where_it_may() {
         let allowed = UNSAFE_HOMES.iter().any(|home| name.starts_with(home));
         if source.contains("allow(unsafe_code)") && !allowed {
             complaints.push(format!("src/{name}: unsafe code"));
+        }
+    }
+    complain(&complaints);
+}
+
+#[test]
+fn the_hosts_disk_is_changed_through_one_seam() {
+    let mut complaints = Vec::new();
+    for (name, source) in sources() {
+        if name == "storage/host.rs" || name.contains("/tests/") {
+            continue;
+        }
+        let beside = BESIDE_THE_SEAM.iter().find(|(file, _)| *file == name);
+        let allowed = beside.map_or(&[][..], |(_, allowed)| *allowed);
+        let (code, _tests) = source.split_once("#[cfg(test)]\nmod tests").unwrap_or((&source, ""));
+        for (number, line) in (1..).zip(code.lines()) {
+            let line = line.split("//").next().expect("never empty");
+            for change in DISK_CHANGES {
+                if line.contains(change) && !allowed.contains(&change) {
+                    complaints
+                        .push(format!("src/{name}:{number}: {change}, and not through storage/host.rs"));
+                }
+            }
         }
     }
     complain(&complaints);

@@ -1,19 +1,23 @@
 //! A file of the host as [`Storage`].
 
 use std::fs::File;
-use std::io::{self, IoSlice};
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::fs::{FileExt, MetadataExt};
+use std::sync::Arc;
 
-use rustix::fs::{FallocateFlags, SeekFrom};
-use rustix::io::{Errno, ReadWriteFlags};
+use rustix::fs::SeekFrom;
+use rustix::io::Errno;
 
 use super::Storage;
-use crate::error::{Context, Error, ErrorKind, Result};
+use super::host::{Host, RealHost};
+use crate::error::{Context, Error, Result};
 
 /// A regular file (or, for what only reads, a block device) of the host. Its position is never used, so threads may
 /// share it.
 #[derive(Debug)]
 pub struct FileStorage {
+    host: Arc<dyn Host>,
     file: File,
     name: String,
 }
@@ -21,20 +25,46 @@ pub struct FileStorage {
 impl FileStorage {
     /// Takes `file`; `name` is what error messages call it.
     pub fn new(file: File, name: impl Into<String>) -> Self {
-        Self { file, name: name.into() }
+        Self::on(Arc::new(RealHost), file, name)
     }
 
-    /// The file itself, for what only the host's files have: owner, times, locks.
+    /// Takes `file`, and changes it through `host`.
+    pub fn on(host: Arc<dyn Host>, file: File, name: impl Into<String>) -> Self {
+        Self { host, file, name: name.into() }
+    }
+
+    /// The file itself, for what only reads: metadata, locks, other ways of reading.
     pub fn file(&self) -> &File {
         &self.file
     }
 
-    fn fallocate(&self, what: &str, flags: FallocateFlags, offset: u64, len: u64) -> Result<()> {
-        if len == 0 {
-            return Ok(());
-        }
-        rustix::io::retry_on_intr(|| rustix::fs::fallocate(&self.file, flags, offset, len))
-            .context(|| format!("{what} {len} bytes at {offset} of {}", self.name))
+    /// Makes contents, size, mode and times survive a crash.
+    ///
+    /// # Errors
+    /// Those of the host.
+    pub fn sync_all(&self) -> Result<()> {
+        self.host.sync_all(self.as_fd()).context(|| format!("sync {}", self.name))
+    }
+
+    /// Sets the access mode.
+    ///
+    /// # Errors
+    /// Those of the host.
+    pub fn set_mode(&self, mode: u32) -> Result<()> {
+        self.host.set_mode(self.as_fd(), mode).context(|| format!("set the mode of {}", self.name))
+    }
+
+    /// Makes the file share all contents of `source`, where the host filesystem can. Answers whether it did; if not,
+    /// nothing has changed.
+    #[must_use]
+    pub fn clone_contents(&self, source: &File) -> bool {
+        self.host.clone_contents(source.as_fd(), self.as_fd()).is_ok()
+    }
+}
+
+impl AsFd for FileStorage {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.file.as_fd()
     }
 }
 
@@ -69,29 +99,19 @@ impl Storage for FileStorage {
     }
 
     fn write_at(&self, offset: u64, buf: &[u8]) -> Result<()> {
-        self.file
-            .write_all_at(buf, offset)
+        self.host
+            .write_at(self.as_fd(), offset, buf)
             .context(|| format!("write {} bytes at {offset} of {}", buf.len(), self.name))
     }
 
     fn write_durable_at(&self, offset: u64, buf: &[u8]) -> Result<()> {
-        let message = || format!("write {} bytes through at {offset} of {}", buf.len(), self.name);
-        let mut done = 0;
-        while done < buf.len() {
-            let at = offset + done as u64;
-            match rustix::io::pwritev2(&self.file, &[IoSlice::new(&buf[done..])], at, ReadWriteFlags::DSYNC) {
-                Ok(0) => return Err(Error::new(ErrorKind::Io, message() + ": the host wrote nothing")),
-                Ok(count) => done += count,
-                Err(Errno::INTR) => {}
-                Err(errno) => return Err(Error::io(message(), errno.into())),
-            }
-        }
-        Ok(())
+        self.host
+            .write_durable_at(self.as_fd(), offset, buf)
+            .context(|| format!("write {} bytes through at {offset} of {}", buf.len(), self.name))
     }
 
     fn sync(&self) -> Result<()> {
-        // EINTR is not retried: after a sync that did not end well nothing is known about what is on the disk.
-        rustix::fs::fdatasync(&self.file).context(|| format!("sync {}", self.name))
+        self.host.sync_data(self.as_fd()).context(|| format!("sync {}", self.name))
     }
 
     fn drop_cache(&self) -> Result<()> {
@@ -100,15 +120,27 @@ impl Storage for FileStorage {
     }
 
     fn set_len(&self, len: u64) -> Result<()> {
-        self.file.set_len(len).context(|| format!("set the size of {} to {len} bytes", self.name))
+        self.host
+            .set_len(self.as_fd(), len)
+            .context(|| format!("set the size of {} to {len} bytes", self.name))
     }
 
     fn allocate(&self, offset: u64, len: u64) -> Result<()> {
-        self.fallocate("reserve", FallocateFlags::KEEP_SIZE, offset, len)
+        if len == 0 {
+            return Ok(());
+        }
+        self.host
+            .allocate(self.as_fd(), offset, len)
+            .context(|| format!("reserve {len} bytes at {offset} of {}", self.name))
     }
 
     fn punch(&self, offset: u64, len: u64) -> Result<()> {
-        self.fallocate("punch", FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE, offset, len)
+        if len == 0 {
+            return Ok(());
+        }
+        self.host
+            .punch(self.as_fd(), offset, len)
+            .context(|| format!("punch {len} bytes at {offset} of {}", self.name))
     }
 
     fn next_data(&self, offset: u64) -> Result<Option<u64>> {

@@ -1,10 +1,12 @@
-//! One file as an array of bytes: the only way in which the engine touches the host's disk.
+//! The host's disk: [`Host`] is the seam through which everything changes it, [`Storage`] one file of it as an array of
+//! bytes, and the only way in which the engine touches it.
 //!
-//! [`Storage`] is the seam that crash and fault tests replace. It promises what a Linux file promises: a write may be
+//! Crash and fault tests replace either. [`Storage`] promises what a Linux file promises: a write may be
 //! lost or torn at 512 bytes until a later [`Storage::sync`] of the same storage has returned; writes that are not
 //! synced reach the disk in any order.
 
 mod file;
+mod host;
 mod latch;
 mod mem;
 
@@ -13,6 +15,7 @@ use std::fmt::Debug;
 use crate::error::Result;
 
 pub use file::FileStorage;
+pub use host::{Host, RealHost};
 pub use latch::{Latch, LatchedStorage};
 pub use mem::MemStorage;
 

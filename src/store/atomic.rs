@@ -16,13 +16,13 @@
 //! [`sweep`] has that done before it removes the sign.
 
 use std::fs::File;
-use std::io::Write;
 
 use rustix::fs::{FlockOperation, Mode, OFlags, RenameFlags};
 use rustix::io::Errno;
 
 use super::dir::{Access, Dir, MODE_PRIVATE};
 use crate::error::{Context, Error, ErrorKind, Result};
+use crate::storage::{FileStorage, Storage};
 
 /// How often a draft is made again because a sweeper took it. One is already rare.
 const DRAFT_ATTEMPTS: usize = 100;
@@ -63,13 +63,13 @@ impl<'a> Draft<'a> {
     /// Renames the draft to its place and makes that durable. The contents must be synced. After an error the place is
     /// as it was before, or the message says what may be there.
     fn publish(mut self, parent: &Dir, name: &str, flags: RenameFlags) -> Result<()> {
-        rename(self.tmp, &self.name, parent, name, flags)?;
+        self.tmp.rename(&self.name, parent, name, flags)?;
         self.armed = false;
         let Err(error) = parent.sync() else { return Ok(()) };
         if !flags.contains(RenameFlags::NOREPLACE) {
             return Err(error.context("replaced, but a crash may bring the old one back"));
         }
-        match rename(parent, name, self.tmp, &self.name, RenameFlags::NOREPLACE) {
+        match parent.rename(name, self.tmp, &self.name, RenameFlags::NOREPLACE) {
             Ok(()) => {
                 self.armed = true;
                 Err(error)
@@ -122,7 +122,7 @@ impl<'a> DraftDir<'a> {
 /// A file being made.
 pub(super) struct DraftFile<'a> {
     draft: Draft<'a>,
-    file: File,
+    file: FileStorage,
 }
 
 impl<'a> DraftFile<'a> {
@@ -133,15 +133,14 @@ impl<'a> DraftFile<'a> {
     }
 
     /// The file, to write to.
-    pub(super) fn file(&self) -> &File {
+    pub(super) fn file(&self) -> &FileStorage {
         &self.file
     }
 
     /// Writes the whole contents and syncs them.
-    pub(super) fn write_all(&mut self, bytes: &[u8]) -> Result<()> {
-        let shown = || format!("write {}", self.draft.tmp.path_of(&self.draft.name).display());
-        self.file.write_all(bytes).context(shown)?;
-        self.file.sync_all().context(shown)
+    pub(super) fn write_all(&self, bytes: &[u8]) -> Result<()> {
+        self.file.write_at(0, bytes)?;
+        self.file.sync_all()
     }
 
     /// Makes the draft's name in `tmp/` durable: from now on a crash leaves it there as a sign.
@@ -162,22 +161,15 @@ impl<'a> DraftFile<'a> {
 
 /// Replaces or makes `parent/name` with exactly `bytes`.
 pub(super) fn replace_file(tmp: &Dir, parent: &Dir, name: &str, bytes: &[u8]) -> Result<()> {
-    let mut draft = DraftFile::new(tmp, "file")?;
+    let draft = DraftFile::new(tmp, "file")?;
     draft.write_all(bytes)?;
     draft.replace(parent, name)
 }
 
 /// Moves a synced file out of a draft, in place of the one of the same name in `to`, and makes that durable.
 pub(super) fn move_over(draft: &Dir, to: &Dir, name: &str) -> Result<()> {
-    rename(draft, name, to, name, RenameFlags::empty())?;
+    draft.rename(name, to, name, RenameFlags::empty())?;
     to.sync()
-}
-
-/// Overwrites the contents of a lock file, which must keep its inode. A reader may see it half-written.
-pub(super) fn write_lock_contents(file: &File, bytes: &[u8]) -> Result<()> {
-    use std::os::unix::fs::FileExt;
-    file.set_len(0).context(|| "write a lock file")?;
-    file.write_all_at(bytes, 0).context(|| "write a lock file")
 }
 
 /// An object on its way out: it has left its place for good and is deleted by [`Removal::finish`], or, if that does
@@ -191,7 +183,7 @@ impl<'a> Removal<'a> {
     /// Takes `parent/name` away. The caller holds the store's lock and has checked that nobody uses the object.
     pub(super) fn begin(tmp: &'a Dir, parent: &Dir, name: &str) -> Result<Self> {
         let hidden = temporary_name("removed")?;
-        rename(parent, name, tmp, &hidden, RenameFlags::NOREPLACE)?;
+        parent.rename(name, tmp, &hidden, RenameFlags::NOREPLACE)?;
         let draft = Draft { tmp, name: hidden, armed: true };
         // Only a regular file or a folder can be held; the store has nothing else.
         let flock = match claim(tmp, &draft.name)? {
@@ -261,20 +253,6 @@ pub(super) fn lock_exclusive(file: &impl std::os::fd::AsFd) -> rustix::io::Resul
     rustix::io::retry_on_intr(|| rustix::fs::flock(file, FlockOperation::LockExclusive))
 }
 
-fn rename(from: &Dir, from_name: &str, to: &Dir, to_name: &str, flags: RenameFlags) -> Result<()> {
-    let shown = || format!("rename to {}", to.path_of(to_name).display());
-    match rustix::fs::renameat_with(from, from_name, to, to_name, flags) {
-        // A host filesystem without the flag. The store's lock is held, so nobody takes the name in between.
-        Err(Errno::INVAL | Errno::NOSYS) if !flags.is_empty() => {
-            if to.has(to_name)? {
-                return Err(Error::io(shown(), Errno::EXIST.into()));
-            }
-            rustix::fs::renameat(from, from_name, to, to_name).context(shown)
-        }
-        other => other.context(shown),
-    }
-}
-
 fn temporary_name(kind: &str) -> Result<String> {
     Ok(format!("{kind}-{}", random_hex(8)?))
 }
@@ -327,7 +305,7 @@ mod tests {
     #[test]
     fn a_file_appears_whole_and_is_replaced_whole() {
         let s = scratch();
-        let mut draft = DraftFile::new(&s.tmp, "x").unwrap();
+        let draft = DraftFile::new(&s.tmp, "x").unwrap();
         draft.write_all(b"one").unwrap();
         assert!(!s.root.has("x").unwrap());
         draft.commit(&s.root, "x").unwrap();
@@ -345,7 +323,7 @@ mod tests {
     fn what_cannot_be_made_durable_is_taken_back() {
         let s = scratch();
         let place = Dir::open_unsyncable(s.root.path()).unwrap();
-        let mut draft = DraftFile::new(&s.tmp, "x").unwrap();
+        let draft = DraftFile::new(&s.tmp, "x").unwrap();
         draft.write_all(b"one").unwrap();
         assert!(draft.commit(&place, "x").is_err());
         assert!(DraftDir::new(&s.tmp, "y").unwrap().commit(&place, "y").is_err());

@@ -8,7 +8,6 @@
 use std::fs::File;
 use std::os::unix::fs::MetadataExt;
 
-use rustix::fs::Mode;
 use serde::{Deserialize, Serialize};
 
 use super::atomic::{DraftDir, Removal};
@@ -20,6 +19,7 @@ use super::timestamp::Timestamp;
 use super::{Store, atomic, copy, layout};
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::format::BaseId;
+use crate::storage::FileStorage;
 use crate::units::check_disk_bytes;
 
 /// What to do about a base whose bytes are wrong. A filesystem made anew has another UUID, so a flavor's is lost.
@@ -46,7 +46,7 @@ struct BaseRecord {
 /// A base being made: its folder in `tmp/`, and its file.
 pub(super) struct BaseDraft<'a> {
     folder: DraftDir<'a>,
-    file: File,
+    file: FileStorage,
 }
 
 impl<'a> BaseDraft<'a> {
@@ -58,7 +58,7 @@ impl<'a> BaseDraft<'a> {
     }
 
     /// The file for the bytes.
-    pub(super) fn file(&self) -> &File {
+    pub(super) fn file(&self) -> &FileStorage {
         &self.file
     }
 
@@ -69,10 +69,9 @@ impl<'a> BaseDraft<'a> {
 
     /// Makes the bytes durable and read-only and writes the record. After this the draft can be published.
     pub(super) fn seal(&self) -> Result<()> {
-        let shown = || format!("finish {}", self.folder().path_of(layout::BASE_RAW).display());
-        rustix::fs::fchmod(&self.file, Mode::from_raw_mode(MODE_READ_ONLY)).context(shown)?;
-        self.file.sync_all().context(shown)?;
-        record::write_into_draft(self.folder(), layout::BASE_RECORD, &fingerprint(&self.file)?)
+        self.file.set_mode(MODE_READ_ONLY)?;
+        self.file.sync_all()?;
+        record::write_into_draft(self.folder(), layout::BASE_RECORD, &fingerprint(self.file.file())?)
     }
 }
 

@@ -3,8 +3,6 @@
 use std::fs::File;
 use std::path::Path;
 
-use rustix::fs::Mode;
-
 use super::atomic::{DraftFile, Removal};
 use super::dir::{Access, MODE_READ_ONLY};
 use super::lock::StoreLock;
@@ -38,9 +36,8 @@ impl Store {
         let copied = copy::copy_and_hash(source.file(), len, draft.file(), len, &work);
         let hash = copied.context(|| source.shown())?;
         source.check_unchanged()?;
-        rustix::fs::fchmod(draft.file(), Mode::from_raw_mode(MODE_READ_ONLY))
-            .context(|| "finish a boot file")?;
-        draft.file().sync_all().context(|| "finish a boot file")?;
+        draft.file().set_mode(MODE_READ_ONLY)?;
+        draft.file().sync_all()?;
         Ok(BootFileDraft { file: draft, id: BootFileId::from_bytes(hash) })
     }
 

@@ -13,6 +13,7 @@ use super::progress::{Progress, Work};
 use super::source::Source;
 use super::tool::{Limits, Tool};
 use crate::error::{Context, Error, ErrorKind, Result};
+use crate::storage::Storage;
 use crate::units::SECTOR_BYTES;
 
 /// Address space: `qemu-img` maps 0.6 GiB at its start and adds its caches of tables.
@@ -61,13 +62,13 @@ pub(super) fn convert(
         }
     })
     .context(|| format!("convert {} from {format}", source.shown()))?;
-    let written = draft.file().metadata().context(|| "look up the converted image")?.len();
+    let written = draft.file().size()?;
     if written > size || written + SECTOR_BYTES <= virtual_bytes {
         let message =
             format!("{}: its header says {virtual_bytes} bytes, qemu-img wrote {written}", source.shown());
         return Err(Error::new(ErrorKind::Invalid, message));
     }
-    draft.file().set_len(size).context(|| "set the size of the converted image")?;
+    draft.file().set_len(size)?;
     Ok(size)
 }
 

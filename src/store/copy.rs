@@ -7,11 +7,12 @@ use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::sync::mpsc::{Receiver, SyncSender, channel, sync_channel};
 
-use rustix::fs::{FallocateFlags, SeekFrom};
+use rustix::fs::SeekFrom;
 use rustix::io::Errno;
 
 use super::progress::Work;
 use crate::error::{Context, Error, ErrorKind, Result};
+use crate::storage::{FileStorage, Storage};
 
 /// Bytes that are read, hashed and written at once: enough for each core's share to be worth a task.
 const CHUNK_BYTES: usize = 4 << 20;
@@ -38,11 +39,11 @@ pub(super) fn hash(file: &File, len: u64, work: &Work<'_>) -> Result<[u8; 32]> {
 pub(super) fn copy_and_hash(
     source: &File,
     source_len: u64,
-    target: &File,
+    target: &FileStorage,
     target_len: u64,
     work: &Work<'_>,
 ) -> Result<[u8; 32]> {
-    target.set_len(target_len).context(|| "set the size of the copy")?;
+    target.set_len(target_len)?;
     let mut hashing = Hashing::new();
     pump(source, source_len, work, |piece| {
         hashing.add(piece, work, |offset, bytes| write_without_zeroes(target, offset, bytes))
@@ -52,12 +53,12 @@ pub(super) fn copy_and_hash(
 }
 
 /// Hashes `len` bytes of `file` and turns its runs of zeroes, and what is allocated but was never written, into holes.
-pub(super) fn hash_and_punch(file: &File, len: u64, work: &Work<'_>) -> Result<[u8; 32]> {
+pub(super) fn hash_and_punch(file: &FileStorage, len: u64, work: &Work<'_>) -> Result<[u8; 32]> {
     let mut hashing = Hashing::new();
     let mut position = 0;
-    pump(file, len, work, |piece| {
+    pump(file.file(), len, work, |piece| {
         if let Piece::Hole { len } = &piece {
-            punch(file, position, *len)?;
+            file.punch(position, *len)?;
             position += len;
         }
         hashing.add(piece, work, |offset, bytes| {
@@ -69,8 +70,8 @@ pub(super) fn hash_and_punch(file: &File, len: u64, work: &Work<'_>) -> Result<[
 }
 
 /// Copies `len` bytes of `source` into `target`, an empty file.
-pub(super) fn copy(source: &File, len: u64, target: &File, work: &Work<'_>) -> Result<()> {
-    target.set_len(len).context(|| "set the size of the copy")?;
+pub(super) fn copy(source: &File, len: u64, target: &FileStorage, work: &Work<'_>) -> Result<()> {
+    target.set_len(len)?;
     pump(source, len, work, |piece| {
         match &piece {
             Piece::Data { offset, bytes } => write_without_zeroes(target, *offset, bytes)?,
@@ -79,11 +80,6 @@ pub(super) fn copy(source: &File, len: u64, target: &File, work: &Work<'_>) -> R
         work.advance(piece.len());
         Ok(piece.into_buffer())
     })
-}
-
-/// Makes `target` share all blocks of `source`, where the host filesystem can. Answers whether it did.
-pub(super) fn reflink(source: &File, target: &File) -> bool {
-    rustix::fs::ioctl_ficlone(target, source).is_ok()
 }
 
 impl Piece {
@@ -269,23 +265,18 @@ fn runs(offset: u64, bytes: &[u8], mut each: impl FnMut(bool, u64, &[u8]) -> Res
     Ok(())
 }
 
-fn write_without_zeroes(target: &File, offset: u64, bytes: &[u8]) -> Result<()> {
+fn write_without_zeroes(target: &FileStorage, offset: u64, bytes: &[u8]) -> Result<()> {
     runs(offset, bytes, |zero, at, run| match zero {
         true => Ok(()),
-        false => target.write_all_at(run, at).context(|| "write the copy"),
+        false => target.write_at(at, run),
     })
 }
 
-fn punch_zeroes(file: &File, offset: u64, bytes: &[u8]) -> Result<()> {
+fn punch_zeroes(file: &FileStorage, offset: u64, bytes: &[u8]) -> Result<()> {
     runs(offset, bytes, |zero, at, run| match zero {
-        true => punch(file, at, run.len() as u64),
+        true => file.punch(at, run.len() as u64),
         false => Ok(()),
     })
-}
-
-fn punch(file: &File, offset: u64, len: u64) -> Result<()> {
-    let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
-    rustix::fs::fallocate(file, flags, offset, len).context(|| "punch a hole")
 }
 
 #[cfg(test)]
@@ -328,6 +319,10 @@ mod tests {
         (file, bytes)
     }
 
+    fn empty() -> FileStorage {
+        FileStorage::new(tempfile::tempfile().unwrap(), "copy")
+    }
+
     fn contents(file: &File) -> Vec<u8> {
         let mut bytes = vec![0; usize::try_from(file.metadata().unwrap().len()).unwrap()];
         file.read_exact_at(&mut bytes, 0).unwrap();
@@ -337,18 +332,18 @@ mod tests {
     #[test]
     fn a_copy_has_the_same_bytes_their_hash_and_only_their_data() {
         let (source, bytes) = sample();
-        let target = tempfile::tempfile().unwrap();
+        let target = empty();
         let total = bytes.len().next_multiple_of(512) as u64;
         let progress = Counting { advanced: AtomicU64::new(0), cancel_at: u64::MAX };
         let work = Work::begin(&progress, "copy", None);
         let hash = copy_and_hash(&source, bytes.len() as u64, &target, total, &work).unwrap();
         let mut padded = bytes.clone();
         padded.resize(usize::try_from(total).unwrap(), 0);
-        assert_eq!(contents(&target), padded);
+        assert_eq!(contents(target.file()), padded);
         assert_eq!(hash, *blake3::hash(&padded).as_bytes());
         assert_eq!(progress.advanced.load(Ordering::Relaxed), total);
-        assert!(target.metadata().unwrap().blocks() * 512 <= (3 << 20) + (64 << 10), "zeroes became holes");
-        assert_eq!(super::hash(&target, total, &work).unwrap(), hash);
+        assert!(target.allocated().unwrap() <= (3 << 20) + (64 << 10), "zeroes became holes");
+        assert_eq!(super::hash(target.file(), total, &work).unwrap(), hash);
     }
 
     #[test]
@@ -356,7 +351,8 @@ mod tests {
         let (file, bytes) = sample();
         let before = file.metadata().unwrap().blocks();
         let work = Work::begin(&NoProgress, "hash", None);
-        let hash = hash_and_punch(&file, bytes.len() as u64, &work).unwrap();
+        let storage = FileStorage::new(file.try_clone().unwrap(), "file");
+        let hash = hash_and_punch(&storage, bytes.len() as u64, &work).unwrap();
         assert_eq!(hash, *blake3::hash(&bytes).as_bytes());
         assert_eq!(contents(&file), bytes);
         assert!(before - file.metadata().unwrap().blocks() >= (2 << 20) / 512);
@@ -365,10 +361,10 @@ mod tests {
     #[test]
     fn a_plain_copy_is_equal_and_sparse() {
         let (source, bytes) = sample();
-        let target = tempfile::tempfile().unwrap();
+        let target = empty();
         copy(&source, bytes.len() as u64, &target, &Work::begin(&NoProgress, "copy", None)).unwrap();
-        assert_eq!(contents(&target), bytes);
-        assert!(target.metadata().unwrap().blocks() < source.metadata().unwrap().blocks());
+        assert_eq!(contents(target.file()), bytes);
+        assert!(target.allocated().unwrap() / 512 < source.metadata().unwrap().blocks());
     }
 
     #[test]
@@ -385,7 +381,7 @@ mod tests {
         let (source, bytes) = sample();
         let work = Work::begin(&NoProgress, "hash", None);
         source.set_len(1000).unwrap();
-        let target = tempfile::tempfile().unwrap();
+        let target = empty();
         let copied = copy_and_hash(&source, bytes.len() as u64, &target, bytes.len() as u64, &work);
         assert_eq!(copied.unwrap_err().kind(), ErrorKind::Invalid);
     }

@@ -3,17 +3,19 @@
 //! Every file and folder of the store is opened by one name relative to the descriptor of its folder, never through a
 //! symbolic link (`O_NOFOLLOW` at each step), so no link and no rename of a parent leads out of the store. Only the
 //! store's own path, which the user gives, may go through links. Whatever is opened as a file is a regular file: a
-//! fifo or a device is refused without waiting for it.
+//! fifo or a device is refused without waiting for it. All changes go through the folder's [`Host`].
 
-use std::ffi::CStr;
+use std::ffi::{CStr, OsStr};
 use std::fs::File;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
-use rustix::fs::{AtFlags, FileType, Mode, OFlags, Stat};
+use rustix::fs::{AtFlags, FileType, Mode, OFlags, RenameFlags, Stat, Timestamps};
 use rustix::io::Errno;
 
 use crate::error::{Context, Error, ErrorKind, Result};
+use crate::storage::{FileStorage, Host, RealHost};
 
 /// Access mode of a file that is read or written by its owner only.
 pub(super) const MODE_PRIVATE: u32 = 0o600;
@@ -21,9 +23,10 @@ pub(super) const MODE_PRIVATE: u32 = 0o600;
 pub(super) const MODE_READ_ONLY: u32 = 0o400;
 const MODE_FOLDER: u32 = 0o700;
 
-/// An open folder. `path` is only for messages.
+/// An open folder, and the host through which it is changed. `path` is only for messages.
 #[derive(Debug)]
 pub(super) struct Dir {
+    host: Arc<dyn Host>,
     fd: OwnedFd,
     path: PathBuf,
 }
@@ -38,10 +41,15 @@ pub(super) enum Access {
 impl Dir {
     /// Opens a folder by a path of the user's, which may go through links.
     pub(super) fn open_path(path: &Path) -> Result<Self> {
+        Self::open_path_on(Arc::new(RealHost), path)
+    }
+
+    /// [`Dir::open_path`] for changes through `host`.
+    pub(super) fn open_path_on(host: Arc<dyn Host>, path: &Path) -> Result<Self> {
         let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
         let fd = rustix::fs::open(path, flags, Mode::empty())
             .context(|| format!("open folder {}", path.display()))?;
-        Ok(Self { fd, path: path.to_owned() })
+        Ok(Self { host, fd, path: path.to_owned() })
     }
 
     /// Opens a folder so that all but syncing it works.
@@ -49,7 +57,7 @@ impl Dir {
     pub(super) fn open_unsyncable(path: &Path) -> Result<Self> {
         let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
         let fd = rustix::fs::open(path, flags, Mode::empty()).context(|| "open a folder by its path")?;
-        Ok(Self { fd, path: path.to_owned() })
+        Ok(Self { host: Arc::new(RealHost), fd, path: path.to_owned() })
     }
 
     /// The path of `name` in this folder, for messages.
@@ -67,7 +75,7 @@ impl Dir {
         let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
         let fd = rustix::fs::openat(&self.fd, component(name), flags, Mode::empty())
             .context(|| format!("open folder {}", self.path_of(name).display()))?;
-        Ok(Self { fd, path: self.path_of(name) })
+        Ok(Self { host: self.host.clone(), fd, path: self.path_of(name) })
     }
 
     /// Opens a regular file in this folder.
@@ -99,14 +107,21 @@ impl Dir {
     }
 
     /// Makes a new, empty file for reading and writing; fails if the name is taken.
-    pub(super) fn create_file(&self, name: &str, mode: u32) -> Result<File> {
-        let flags = OFlags::RDWR | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-        let fd = rustix::fs::openat(&self.fd, component(name), flags, Mode::from_raw_mode(mode))
-            .context(|| format!("create {}", self.path_of(name).display()))?;
-        Ok(fd.into())
+    pub(super) fn create_file(&self, name: &str, mode: u32) -> Result<FileStorage> {
+        let path = self.path_of(name);
+        let fd = self
+            .host
+            .create_file(self.as_fd(), component(name), mode)
+            .context(|| format!("create {}", path.display()))?;
+        Ok(self.storage(fd.into(), path.display().to_string()))
     }
 
-    /// Opens a file that holds a lock, making it if need be.
+    /// An open file of this folder, to be changed through the folder's host; `shown` is what messages call it.
+    pub(super) fn storage(&self, file: File, shown: impl Into<String>) -> FileStorage {
+        FileStorage::on(self.host.clone(), file, shown)
+    }
+
+    /// Opens a file that holds a lock, making it if need be. Whether it survives a crash does not matter.
     pub(super) fn open_lock_file(&self, name: &str) -> Result<File> {
         let flags = OFlags::RDWR | OFlags::CREATE | OFlags::NOFOLLOW | OFlags::CLOEXEC | OFlags::NONBLOCK;
         let fd = rustix::fs::openat(&self.fd, component(name), flags, Mode::from_raw_mode(MODE_PRIVATE))
@@ -116,7 +131,13 @@ impl Dir {
 
     /// Makes a folder; fails if the name is taken.
     pub(super) fn make_dir(&self, name: &str) -> Result<()> {
-        rustix::fs::mkdirat(&self.fd, component(name), Mode::from_raw_mode(MODE_FOLDER))
+        self.make_dir_with_mode(name, MODE_FOLDER)
+    }
+
+    /// [`Dir::make_dir`] with another mode than 0700, less what the umask forbids.
+    pub(super) fn make_dir_with_mode(&self, name: &str, mode: u32) -> Result<()> {
+        self.host
+            .make_dir(self.as_fd(), component(name), mode)
             .context(|| format!("create folder {}", self.path_of(name).display()))
     }
 
@@ -142,7 +163,7 @@ impl Dir {
 
     /// Removes a file. Nothing there is no error.
     pub(super) fn unlink(&self, name: &str) -> Result<()> {
-        match rustix::fs::unlinkat(&self.fd, component(name), AtFlags::empty()) {
+        match self.host.unlink(self.as_fd(), component(name)) {
             Ok(()) | Err(Errno::NOENT) => Ok(()),
             Err(errno) => Err(Error::io(format!("remove {}", self.path_of(name).display()), errno.into())),
         }
@@ -165,12 +186,12 @@ impl Dir {
 
     /// Makes the names in this folder durable.
     pub(super) fn sync(&self) -> Result<()> {
-        rustix::fs::fsync(&self.fd).context(|| format!("sync folder {}", self.path.display()))
+        self.host.sync_dir(self.as_fd()).context(|| format!("sync folder {}", self.path.display()))
     }
 
     /// Deletes what has that name, a folder with all that is in it. Nothing there is no error. Links are not followed.
     pub(super) fn remove_tree(&self, name: &str) -> Result<()> {
-        match rustix::fs::unlinkat(&self.fd, component(name), AtFlags::empty()) {
+        match self.host.unlink(self.as_fd(), component(name)) {
             Ok(()) | Err(Errno::NOENT) => return Ok(()),
             Err(Errno::ISDIR | Errno::PERM) => {}
             Err(errno) => {
@@ -181,10 +202,43 @@ impl Dir {
         for inner in folder.names()? {
             folder.remove_tree(&inner)?;
         }
-        match rustix::fs::unlinkat(&self.fd, component(name), AtFlags::REMOVEDIR) {
+        self.remove_dir(name)
+    }
+
+    /// Removes an empty folder. Nothing there is no error.
+    pub(super) fn remove_dir(&self, name: &str) -> Result<()> {
+        match self.host.remove_dir(self.as_fd(), component(name)) {
             Ok(()) | Err(Errno::NOENT) => Ok(()),
             Err(errno) => Err(Error::io(format!("remove {}", self.path_of(name).display()), errno.into())),
         }
+    }
+
+    /// Gives `name` of this folder another place: `to_name` in `to`.
+    pub(super) fn rename(&self, name: &str, to: &Self, to_name: &str, flags: RenameFlags) -> Result<()> {
+        let shown = || format!("rename to {}", to.path_of(to_name).display());
+        let (from, place) = ((self.as_fd(), component(name)), (to.as_fd(), component(to_name)));
+        match self.host.rename(from, place, flags) {
+            // A host filesystem without the flag. The store's lock is held, so nobody takes the name in between.
+            Err(Errno::INVAL | Errno::NOSYS) if !flags.is_empty() => {
+                if to.has(to_name)? {
+                    return Err(Error::io(shown(), Errno::EXIST.into()));
+                }
+                self.host.rename(from, place, RenameFlags::empty()).context(shown)
+            }
+            other => other.context(shown),
+        }
+    }
+
+    /// Sets the mode of this folder.
+    pub(super) fn set_mode(&self, mode: u32) -> Result<()> {
+        self.host.set_mode(self.as_fd(), mode).context(|| format!("set the mode of {}", self.path.display()))
+    }
+
+    /// Sets the times of a file of this folder, as `utimensat` does.
+    pub(super) fn set_times(&self, name: &str, times: &Timestamps) -> Result<()> {
+        self.host
+            .set_times(self.as_fd(), component(name), times)
+            .context(|| format!("set the times of {}", self.path_of(name).display()))
     }
 }
 
@@ -195,12 +249,12 @@ impl AsFd for Dir {
 }
 
 /// Asserts that a name is one component of a path: names come from `layout.rs` or are checked by `names.rs`.
-fn component(name: &str) -> &str {
+fn component(name: &str) -> &OsStr {
     assert!(
         !name.is_empty() && name != "." && name != ".." && !name.contains('/'),
         "not a file name: {name:?}"
     );
-    name
+    OsStr::new(name)
 }
 
 fn plain_name(name: &CStr) -> Option<String> {

@@ -211,10 +211,10 @@ impl Store {
         let name = format!("{instance}/{disk}");
         if folder.has(disk_file(disk, DiskPart::Raw))? {
             let file = self.lock_disk(folder, instance, disk, DiskPart::Raw)?;
-            return Ok(Disk::Plain(PlainDisk::open(&name, file)?));
+            return Ok(Disk::Plain(PlainDisk::open(&name, Box::new(folder.storage(file, &name)))?));
         }
         let map = self.lock_disk(folder, instance, disk, DiskPart::Map)?;
-        let map = FileStorage::new(map, format!("map of {name}"));
+        let map = folder.storage(map, format!("map of {name}"));
         let superblock = read_superblock(&map).context(|| format!("open disk {name}"))?;
         let data = folder.open_file(disk_file(disk, DiskPart::Data), Access::ReadWrite)?;
         let base = match superblock.base {
@@ -225,7 +225,7 @@ impl Store {
             }
         };
         let live_map = self.run_dir()?.join(live_map_name(superblock.layer));
-        let data = Box::new(FileStorage::new(data, format!("data of {name}")));
+        let data = Box::new(folder.storage(data, format!("data of {name}")));
         let files = LayerFiles { data, map: Box::new(map) };
         let open = if self.accept_loss { Overlay::open_accepting_loss } else { Overlay::open };
         Ok(Disk::Overlay(Box::new(open(&name, files, base, &live_map)?)))

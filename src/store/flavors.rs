@@ -20,6 +20,7 @@ use super::tool::{Limits, Tool};
 use super::{Store, copy, images, layout};
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::format::BaseId;
+use crate::storage::Storage;
 use crate::units::{HumanBytes, check_disk_bytes};
 
 /// The label of every local disk's filesystem, by which a guest mounts it.
@@ -214,7 +215,7 @@ impl Store {
             }
             result?;
         }
-        let found = draft.file().metadata().context(shown)?.len();
+        let found = draft.file().size()?;
         if found != size {
             return Err(Error::new(
                 ErrorKind::Io,

@@ -2,11 +2,12 @@
 
 use std::os::unix::fs::FileExt;
 
-use rustix::fs::{FallocateFlags, SeekFrom};
+use rustix::fs::SeekFrom;
 
 use super::atomic::DraftFile;
 use super::dir::Dir;
 use crate::error::{Context, Error, ErrorKind, Result};
+use crate::storage::Storage;
 
 /// Bytes written and punched: at least two blocks of any filesystem.
 const PROBE_BYTES: u64 = 128 << 10;
@@ -27,16 +28,15 @@ pub(super) fn is_probe(name: &str) -> bool {
 /// [`ErrorKind::Unsupported`], with the name of the filesystem.
 pub(super) fn check(folder: &Dir) -> Result<()> {
     let probe = DraftFile::new(folder, PROBE)?;
-    let file = probe.file();
+    let file = probe.file().file();
     let unsupported = |what: &str| {
         Error::new(ErrorKind::Unsupported, format!("the host filesystem ({}) has no {what}", name(folder)))
             .with_hint("keep the store on ext4, XFS or btrfs")
     };
     let bytes = vec![0xa5; usize::try_from(PROBE_BYTES).unwrap_or(0)];
-    file.write_all_at(&bytes, 0).context(|| "write to the host filesystem")?;
-    file.set_len(PROBE_END).map_err(|_| unsupported("sparse files of 64 GiB"))?;
-    let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
-    rustix::fs::fallocate(file, flags, 0, PROBE_BYTES).map_err(|_| unsupported("hole punching"))?;
+    probe.file().write_at(0, &bytes)?;
+    probe.file().set_len(PROBE_END).map_err(|_| unsupported("sparse files of 64 GiB"))?;
+    probe.file().punch(0, PROBE_BYTES).map_err(|_| unsupported("hole punching"))?;
     let mut byte = [1];
     file.read_exact_at(&mut byte, 0).context(|| "read from the host filesystem")?;
     let data = rustix::fs::seek(file, SeekFrom::Data(0));

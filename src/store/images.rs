@@ -17,6 +17,7 @@ use super::timestamp::Timestamp;
 use super::{Store, convert, copy, host_fs, layout};
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::format::BaseId;
+use crate::storage::Storage;
 use crate::units::{HumanBytes, SECTOR_BYTES, check_disk_bytes};
 
 /// An image of the store.
@@ -258,8 +259,8 @@ fn read_source(
     }
     let size = source.len().next_multiple_of(SECTOR_BYTES);
     let work = Work::begin(progress, "copy", Some(size));
-    let hash = if !source.is_device() && copy::reflink(source.file(), draft.file()) {
-        draft.file().set_len(size).context(|| "set the size of the copy")?;
+    let hash = if !source.is_device() && draft.file().clone_contents(source.file()) {
+        draft.file().set_len(size)?;
         copy::hash_and_punch(draft.file(), size, &work)
     } else {
         copy::copy_and_hash(source.file(), source.len(), draft.file(), size, &work)

@@ -24,7 +24,7 @@ use super::{Store, copy};
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::format::{BaseId, BaseRef, LayerId};
 use crate::overlay::{LayerFiles, Overlay, live_map_name, read_superblock};
-use crate::storage::FileStorage;
+use crate::storage::{FileStorage, Storage};
 use crate::units::{BLOCK_BYTES_MIN, Geometry, HumanBytes, check_block_bytes, check_disk_bytes};
 
 /// How long the removal of an instance waits for its disks: the daemon learns that a file was closed, and closes the
@@ -264,11 +264,7 @@ impl Store {
                 BaseRef::Image { id, size: self.open_base(&id)?.metadata().context(|| "base")?.len() }
             }
         };
-        let file = |part| {
-            let name = disk_file(disk, part);
-            let file = folder.create_file(name, MODE_PRIVATE)?;
-            Ok::<_, Error>(Box::new(FileStorage::new(file, name)))
-        };
+        let file = |part| Ok::<_, Error>(Box::new(folder.create_file(disk_file(disk, part), MODE_PRIVATE)?));
         let files = LayerFiles { data: file(DiskPart::Data)?, map: file(DiskPart::Map)? };
         Overlay::create(&files, LayerId::random()?, geometry, base)
     }
@@ -284,14 +280,14 @@ impl Store {
         if let Some(id) = made.base {
             // Held until the copy is done, so that the base is not removed meanwhile.
             let base = self.open_base(&id)?;
-            if !copy::reflink(&base, &file) {
+            if !file.clone_contents(&base) {
                 let size = base.metadata().context(|| "base")?.len();
                 let work = Work::begin(progress, &format!("copy {disk}"), Some(size));
                 copy::copy(&base, size, &file, &work)?;
             }
         }
-        file.set_len(made.size).context(|| "set its size")?;
-        file.sync_all().context(|| "sync it")
+        file.set_len(made.size)?;
+        file.sync_all()
     }
 
     fn publish_instance(
@@ -457,8 +453,7 @@ impl Store {
         let folder = self.instance_dir_of(name, id)?;
         let cow = self.instance_in(&folder, name)?.cow;
         let file = disk_file(disk, if cow { DiskPart::Data } else { DiskPart::Raw });
-        rustix::fs::utimensat(&folder, file, times, rustix::fs::AtFlags::SYMLINK_NOFOLLOW)
-            .context(|| format!("set the times of {name}/{disk}"))
+        folder.set_times(file, times)
     }
 }
 

@@ -8,6 +8,7 @@
 //! (`atomic.rs`). A boot file is not locked: who has it open keeps its bytes when it is removed. Order: store lock, then any of the others, and those never waiting.
 
 use std::fs::File;
+use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -116,17 +117,23 @@ impl ServeLock {
             mountpoint: mountpoint.to_owned(),
             started: Timestamp::now(),
         };
-        atomic::write_lock_contents(&file, &record::encode(&contents)?)?;
+        write_contents(&file, &record::encode(&contents)?)?;
         Ok(Self { file })
     }
 }
 
 impl Drop for ServeLock {
     fn drop(&mut self) {
-        if let Err(error) = atomic::write_lock_contents(&self.file, b"") {
+        if let Err(error) = write_contents(&self.file, b"") {
             log::warn!("clear the daemon's lock file: {error}");
         }
     }
+}
+
+/// Overwrites the contents of a lock file, which must keep its inode. A reader may see it half-written.
+fn write_contents(file: &File, bytes: &[u8]) -> Result<()> {
+    file.set_len(0).context(|| "write a lock file")?;
+    file.write_all_at(bytes, 0).context(|| "write a lock file")
 }
 
 fn busy(root: &Dir) -> Error {

@@ -38,6 +38,7 @@ mod timestamp;
 mod tool;
 
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 pub use attrs::{Attributes, FileRef, XATTR_NAME_BYTES_MAX, XATTR_VALUE_BYTES_MAX, XATTRS_MAX};
 pub use disk::{Disk, DiskExtent, DiskExtentKind, DiskMap, DiskStatus};
@@ -56,6 +57,7 @@ use dir::Dir;
 use lock::StoreLock;
 
 use crate::error::{Context, Error, ErrorKind, Result};
+use crate::storage::{Host, RealHost};
 
 /// An open store. Cheap to open; may be shared by threads.
 #[derive(Debug)]
@@ -82,8 +84,16 @@ impl Store {
     /// [`ErrorKind::Exists`] if there is a store; [`ErrorKind::Invalid`] if there is something else;
     /// [`ErrorKind::Unsupported`] if the host's filesystem has no sparse files or cannot punch holes.
     pub fn init(dir: &Path) -> Result<Self> {
-        superblock::init(dir)?;
-        Self::open(dir)
+        Self::init_on(Arc::new(RealHost), dir)
+    }
+
+    /// [`Store::init`] by way of `host`.
+    ///
+    /// # Errors
+    /// Those of [`Store::init`].
+    pub fn init_on(host: Arc<dyn Host>, dir: &Path) -> Result<Self> {
+        superblock::init(&host, dir)?;
+        Self::open_on(host, dir)
     }
 
     /// Opens the store in `dir` and removes what processes that have died left half-made.
@@ -92,9 +102,17 @@ impl Store {
     /// [`ErrorKind::NotFound`] if there is no store; [`ErrorKind::Unsupported`] if it is of a newer version;
     /// [`ErrorKind::Corrupt`] if its superblock is damaged.
     pub fn open(dir: &Path) -> Result<Self> {
+        Self::open_on(Arc::new(RealHost), dir)
+    }
+
+    /// [`Store::open`] by way of `host`, through which all changes of the store go from then on.
+    ///
+    /// # Errors
+    /// Those of [`Store::open`].
+    pub fn open_on(host: Arc<dyn Host>, dir: &Path) -> Result<Self> {
         let shown = dir.display();
         let hint = format!("make one: cowdisk --store {shown} init");
-        let root = match Dir::open_path(dir) {
+        let root = match Dir::open_path_on(host, dir) {
             Err(error) if error.kind() == ErrorKind::NotFound => {
                 let message = format!("store {shown}: no such folder");
                 return Err(Error::new(ErrorKind::NotFound, message).with_hint(hint));

@@ -1,12 +1,11 @@
 //! A disk that is one file: an instance made without copy-on-write.
 
-use std::fs::File;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use parking_lot::Mutex;
 
 use crate::error::{Context, Error, ErrorKind, Result};
-use crate::storage::{FileStorage, Latch, LatchedStorage, Storage};
+use crate::storage::{Latch, LatchedStorage, Storage};
 use crate::units::check_disk_bytes;
 
 /// A raw file, open for service. All methods may be called by several threads, and promise what those of
@@ -22,12 +21,11 @@ pub struct PlainDisk {
 }
 
 impl PlainDisk {
-    /// Takes the file of a disk; `name` is what messages call it.
+    /// Takes the storage of a disk; `name` is what messages call it.
     ///
     /// # Errors
     /// [`ErrorKind::Corrupt`] if the file's size cannot be a disk's.
-    pub fn open(name: &str, file: File) -> Result<Self> {
-        let inner = FileStorage::new(file, name);
+    pub fn open(name: &str, inner: Box<dyn Storage>) -> Result<Self> {
         // What a failed sync of an earlier daemon left in the host's cache, and only there, must not be read as written.
         inner.sync()?;
         inner.drop_cache()?;
@@ -35,7 +33,7 @@ impl PlainDisk {
         check_disk_bytes(size)
             .map_err(|error| Error::caused(ErrorKind::Corrupt, format!("open disk {name}"), error))?;
         let latch = Latch::new();
-        let storage = LatchedStorage::new(Box::new(inner), latch.clone());
+        let storage = LatchedStorage::new(inner, latch.clone());
         Ok(Self {
             name: name.to_owned(),
             storage,
@@ -163,11 +161,12 @@ impl PlainDisk {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::storage::FileStorage;
 
     fn disk() -> PlainDisk {
         let file = tempfile::tempfile().unwrap();
         file.set_len(1 << 20).unwrap();
-        PlainDisk::open("web-3/disk", file).unwrap()
+        PlainDisk::open("web-3/disk", Box::new(FileStorage::new(file, "disk.raw"))).unwrap()
     }
 
     #[test]

@@ -13,7 +13,8 @@ use serde::{Deserialize, Serialize};
 
 use super::atomic::{self, DraftFile};
 use super::dir::{Dir, MODE_PRIVATE};
-use crate::error::{Context, Error, ErrorKind, Result};
+use crate::error::{Error, ErrorKind, Result};
+use crate::storage::Storage;
 
 /// Largest record, in bytes, but for attributes.
 pub(super) const RECORD_BYTES_MAX: usize = 64 << 10;
@@ -41,19 +42,17 @@ pub(super) fn encode(record: &impl Serialize) -> Result<Vec<u8>> {
 /// A draft that holds a record, synced.
 pub(super) fn draft<'a>(tmp: &'a Dir, kind: &str, record: &impl Serialize) -> Result<DraftFile<'a>> {
     let bytes = encode(record)?;
-    let mut draft = DraftFile::new(tmp, kind)?;
+    let draft = DraftFile::new(tmp, kind)?;
     draft.write_all(&bytes)?;
     Ok(draft)
 }
 
 /// Writes a record into a folder that is itself still a draft, and syncs it.
 pub(super) fn write_into_draft(folder: &Dir, name: &str, record: &impl Serialize) -> Result<()> {
-    use std::io::Write;
     let bytes = encode(record)?;
-    let mut file = folder.create_file(name, MODE_PRIVATE)?;
-    let shown = || format!("write {}", folder.path_of(name).display());
-    file.write_all(&bytes).context(shown)?;
-    file.sync_all().context(shown)
+    let file = folder.create_file(name, MODE_PRIVATE)?;
+    file.write_at(0, &bytes)?;
+    file.sync_all()
 }
 
 /// The content of a kernel or a ramdisk: the BLAKE3 of its bytes. Shown as 64 hex digits.

@@ -1,7 +1,7 @@
 //! The record that makes a folder a store, and how a folder becomes one.
 
-use std::os::unix::fs::DirBuilderExt;
 use std::path::Path;
+use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 
@@ -10,11 +10,16 @@ use super::lock::StoreLock;
 use super::timestamp::Timestamp;
 use super::{atomic, hex, host_fs, layout, record};
 use crate::error::{Context, Error, ErrorKind, Result};
+use crate::storage::Host;
 
 const MAGIC: &str = "cowdisk-store";
 /// The version that this code writes, and the newest that it reads.
 const VERSION: u32 = 1;
 const UUID_BYTES: usize = 16;
+/// Access mode of the store's folder.
+const MODE_STORE: u32 = 0o700;
+/// Access mode of folders above it that are made for it, less what the umask forbids.
+const MODE_PARENT: u32 = 0o777;
 
 #[derive(Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -55,22 +60,14 @@ pub(super) fn read(root: &Dir) -> Result<String> {
 }
 
 /// Makes a store in a folder that is absent or empty. The superblock comes last: before it there is no store.
-pub(super) fn init(path: &Path) -> Result<()> {
+pub(super) fn init(host: &Arc<dyn Host>, path: &Path) -> Result<()> {
     let shown = || format!("make a store in {}", path.display());
-    if let Some(parent) = path.parent().filter(|parent| !parent.as_os_str().is_empty() && !parent.exists()) {
-        std::fs::DirBuilder::new().recursive(true).create(parent).context(shown)?;
-    }
-    let made = match std::fs::DirBuilder::new().mode(0o700).create(path) {
-        Ok(()) => true,
-        Err(error) if error.kind() == std::io::ErrorKind::AlreadyExists => false,
-        Err(error) => return Err(Error::io(shown(), error)),
-    };
-    let root = Dir::open_path(path).context(shown)?;
+    let (root, made) = open_or_make(host, path, MODE_STORE).context(shown)?;
     check_empty(&root)?;
     if let Err(error) = host_fs::check(&root) {
-        if made {
+        if let Some((parent, name)) = made {
             // Of an empty folder of our own; nothing is lost if it stays.
-            let _ = std::fs::remove_dir(path);
+            let _ = parent.remove_dir(&name);
         }
         return Err(error.context(shown()));
     }
@@ -78,7 +75,7 @@ pub(super) fn init(path: &Path) -> Result<()> {
     if root.has(layout::SUPERBLOCK)? {
         return Err(exists(&root));
     }
-    rustix::fs::fchmod(&root, rustix::fs::Mode::from_raw_mode(0o700)).context(shown)?;
+    root.set_mode(MODE_STORE)?;
     for folder in layout::FOLDERS {
         if !root.has(folder)? {
             root.make_dir(folder)?;
@@ -93,7 +90,34 @@ pub(super) fn init(path: &Path) -> Result<()> {
     };
     let tmp = root.open_dir(layout::TMP)?;
     record::draft(&tmp, "superblock", &superblock)?.commit(&root, layout::SUPERBLOCK)?;
-    sync_parent(path)
+    sync_parent(host, path)
+}
+
+/// Opens a folder. If it is missing, it is made first, with those above it that are missing too, all of them durably;
+/// then what is returned besides says where.
+fn open_or_make(host: &Arc<dyn Host>, path: &Path, mode: u32) -> Result<(Dir, Option<(Dir, String)>)> {
+    let missing = match Dir::open_path_on(host.clone(), path) {
+        Err(error) if error.kind() == ErrorKind::NotFound => error,
+        other => return Ok((other?, None)),
+    };
+    // Such a path ends in `..` or is a link to nothing.
+    let Some(name) = path.file_name().filter(|_| path.symlink_metadata().is_err()) else {
+        return Err(missing);
+    };
+    let name = name.to_str().ok_or_else(|| {
+        Error::new(ErrorKind::Invalid, format!("folder {}: a new one's name must be UTF-8", path.display()))
+    })?;
+    let parent = path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    let (parent, _) = open_or_make(host, parent, MODE_PARENT)?;
+    match parent.make_dir_with_mode(name, mode) {
+        // By somebody else in this moment.
+        Err(error) if error.kind() == ErrorKind::Exists => {
+            return Ok((Dir::open_path_on(host.clone(), path)?, None));
+        }
+        other => other?,
+    }
+    parent.sync()?;
+    Ok((Dir::open_path_on(host.clone(), path)?, Some((parent, name.to_owned()))))
 }
 
 fn exists(root: &Dir) -> Error {
@@ -125,10 +149,10 @@ fn check_empty(root: &Dir) -> Result<()> {
 }
 
 /// Makes the store's own name durable.
-fn sync_parent(path: &Path) -> Result<()> {
+fn sync_parent(host: &Arc<dyn Host>, path: &Path) -> Result<()> {
     let path = path.canonicalize().context(|| format!("find {}", path.display()))?;
     match path.parent() {
-        Some(parent) => Dir::open_path(parent)?.sync(),
+        Some(parent) => Dir::open_path_on(host.clone(), parent)?.sync(),
         None => Ok(()),
     }
 }

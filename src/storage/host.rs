@@ -1,0 +1,193 @@
+//! The seam of the host's disk: everything by which cowdisk changes it.
+//!
+//! [`Host`] has one method for each such change, in terms of open folders, names and open files; what only reads does
+//! not go through it. [`RealHost`] makes the system calls. Tests put a host in its place that records each change or
+//! lets the n-th one fail. `tests/tidy.rs` refuses such calls anywhere else, but for these exceptions:
+//!
+//! - The live map and the run directory (`overlay/live_map.rs`, `store/run_dir.rs`, and its removal in `store/disk.rs`)
+//!   are in memory, and gone after a crash of the host.
+//! - A lock file (made in `store/dir.rs`, filled in `store/lock.rs`) matters only while the process lives that holds it.
+//! - Programs that the store runs (`store/tool.rs`: `qemu-img`, `mkfs`) write into a draft. What they wrote counts for
+//!   nothing until the store has synced it, through this seam.
+//! - `transport`, `daemon` and `libvirt` open devices and write logs and notes to other processes; none of that is part
+//!   of a store.
+
+use std::ffi::OsStr;
+use std::fmt::Debug;
+use std::io::IoSlice;
+use std::os::fd::{BorrowedFd, OwnedFd};
+
+use rustix::fs::{AtFlags, FallocateFlags, Mode, OFlags, RenameFlags, Timestamps};
+use rustix::io::{Errno, ReadWriteFlags, Result, retry_on_intr};
+
+/// What changes the host's disk. A name is one component of a path, looked up in the open folder before it. Offsets and
+/// lengths are in bytes.
+///
+/// A change of names is durable once its folder is synced, a change of a file once the file is; until then a crash may
+/// lose any of them, in any order. A rename is atomic.
+pub trait Host: Send + Sync + Debug {
+    /// Makes an empty folder.
+    ///
+    /// # Errors
+    /// `EEXIST` if the name is taken.
+    fn make_dir(&self, dir: BorrowedFd<'_>, name: &OsStr, mode: u32) -> Result<()>;
+
+    /// Makes an empty file and opens it for reading and writing.
+    ///
+    /// # Errors
+    /// `EEXIST` if the name is taken.
+    fn create_file(&self, dir: BorrowedFd<'_>, name: &OsStr, mode: u32) -> Result<OwnedFd>;
+
+    /// Gives a file or a folder another place.
+    ///
+    /// # Errors
+    /// With `NOREPLACE`: `EEXIST` if the name is taken, `EINVAL` if the host filesystem does not know the flag.
+    fn rename(
+        &self,
+        from: (BorrowedFd<'_>, &OsStr),
+        to: (BorrowedFd<'_>, &OsStr),
+        flags: RenameFlags,
+    ) -> Result<()>;
+
+    /// Removes the name of anything but a folder.
+    fn unlink(&self, dir: BorrowedFd<'_>, name: &OsStr) -> Result<()>;
+
+    /// Removes an empty folder.
+    fn remove_dir(&self, dir: BorrowedFd<'_>, name: &OsStr) -> Result<()>;
+
+    /// Makes the names in a folder durable.
+    fn sync_dir(&self, dir: BorrowedFd<'_>) -> Result<()>;
+
+    /// Writes all of `bytes`. After an error any part may have been written.
+    fn write_at(&self, file: BorrowedFd<'_>, offset: u64, bytes: &[u8]) -> Result<()>;
+
+    /// Writes all of `bytes`, and returns once they are durable.
+    fn write_durable_at(&self, file: BorrowedFd<'_>, offset: u64, bytes: &[u8]) -> Result<()>;
+
+    /// Makes a file's contents and its size durable.
+    fn sync_data(&self, file: BorrowedFd<'_>) -> Result<()>;
+
+    /// Makes a file's contents, size, mode and times durable.
+    fn sync_all(&self, file: BorrowedFd<'_>) -> Result<()>;
+
+    /// Sets the end of a file.
+    fn set_len(&self, file: BorrowedFd<'_>, len: u64) -> Result<()>;
+
+    /// Reserves space; contents and end stay. `len` is at least 1.
+    fn allocate(&self, file: BorrowedFd<'_>, offset: u64, len: u64) -> Result<()>;
+
+    /// Makes a hole; the end stays. `len` is at least 1.
+    fn punch(&self, file: BorrowedFd<'_>, offset: u64, len: u64) -> Result<()>;
+
+    /// Makes `file` share all contents of `source`.
+    ///
+    /// # Errors
+    /// Where the host filesystem cannot, or not between these two; nothing has changed then.
+    fn clone_contents(&self, source: BorrowedFd<'_>, file: BorrowedFd<'_>) -> Result<()>;
+
+    /// Sets the access mode of a file or a folder.
+    fn set_mode(&self, file: BorrowedFd<'_>, mode: u32) -> Result<()>;
+
+    /// Sets the times of a file, not through a link.
+    fn set_times(&self, dir: BorrowedFd<'_>, name: &OsStr, times: &Timestamps) -> Result<()>;
+}
+
+/// The running kernel.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct RealHost;
+
+impl Host for RealHost {
+    fn make_dir(&self, dir: BorrowedFd<'_>, name: &OsStr, mode: u32) -> Result<()> {
+        rustix::fs::mkdirat(dir, name, Mode::from_raw_mode(mode))
+    }
+
+    fn create_file(&self, dir: BorrowedFd<'_>, name: &OsStr, mode: u32) -> Result<OwnedFd> {
+        let flags = OFlags::RDWR | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+        rustix::fs::openat(dir, name, flags, Mode::from_raw_mode(mode))
+    }
+
+    fn rename(
+        &self,
+        from: (BorrowedFd<'_>, &OsStr),
+        to: (BorrowedFd<'_>, &OsStr),
+        flags: RenameFlags,
+    ) -> Result<()> {
+        // Without flags by the call that every kernel and filesystem has.
+        match flags.is_empty() {
+            true => rustix::fs::renameat(from.0, from.1, to.0, to.1),
+            false => rustix::fs::renameat_with(from.0, from.1, to.0, to.1, flags),
+        }
+    }
+
+    fn unlink(&self, dir: BorrowedFd<'_>, name: &OsStr) -> Result<()> {
+        rustix::fs::unlinkat(dir, name, AtFlags::empty())
+    }
+
+    fn remove_dir(&self, dir: BorrowedFd<'_>, name: &OsStr) -> Result<()> {
+        rustix::fs::unlinkat(dir, name, AtFlags::REMOVEDIR)
+    }
+
+    // No sync is retried, not even after EINTR: after one that did not end well nothing is known about what is on the
+    // disk.
+    fn sync_dir(&self, dir: BorrowedFd<'_>) -> Result<()> {
+        rustix::fs::fsync(dir)
+    }
+
+    fn write_at(&self, file: BorrowedFd<'_>, offset: u64, bytes: &[u8]) -> Result<()> {
+        write_all(offset, bytes, |at, rest| rustix::io::pwrite(file, rest, at))
+    }
+
+    fn write_durable_at(&self, file: BorrowedFd<'_>, offset: u64, bytes: &[u8]) -> Result<()> {
+        write_all(offset, bytes, |at, rest| {
+            rustix::io::pwritev2(file, &[IoSlice::new(rest)], at, ReadWriteFlags::DSYNC)
+        })
+    }
+
+    fn sync_data(&self, file: BorrowedFd<'_>) -> Result<()> {
+        rustix::fs::fdatasync(file)
+    }
+
+    fn sync_all(&self, file: BorrowedFd<'_>) -> Result<()> {
+        rustix::fs::fsync(file)
+    }
+
+    fn set_len(&self, file: BorrowedFd<'_>, len: u64) -> Result<()> {
+        retry_on_intr(|| rustix::fs::ftruncate(file, len))
+    }
+
+    fn allocate(&self, file: BorrowedFd<'_>, offset: u64, len: u64) -> Result<()> {
+        retry_on_intr(|| rustix::fs::fallocate(file, FallocateFlags::KEEP_SIZE, offset, len))
+    }
+
+    fn punch(&self, file: BorrowedFd<'_>, offset: u64, len: u64) -> Result<()> {
+        let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
+        retry_on_intr(|| rustix::fs::fallocate(file, flags, offset, len))
+    }
+
+    fn clone_contents(&self, source: BorrowedFd<'_>, file: BorrowedFd<'_>) -> Result<()> {
+        rustix::fs::ioctl_ficlone(file, source)
+    }
+
+    fn set_mode(&self, file: BorrowedFd<'_>, mode: u32) -> Result<()> {
+        rustix::fs::fchmod(file, Mode::from_raw_mode(mode))
+    }
+
+    fn set_times(&self, dir: BorrowedFd<'_>, name: &OsStr, times: &Timestamps) -> Result<()> {
+        rustix::fs::utimensat(dir, name, times, AtFlags::SYMLINK_NOFOLLOW)
+    }
+}
+
+/// Writes what the calls before it left over, until all is written.
+fn write_all(offset: u64, bytes: &[u8], write: impl Fn(u64, &[u8]) -> Result<usize>) -> Result<()> {
+    let mut done = 0;
+    while done < bytes.len() {
+        match write(offset + done as u64, &bytes[done..]) {
+            // Of a regular file it cannot be, but it must not loop for ever.
+            Ok(0) => return Err(Errno::IO),
+            Ok(count) => done += count,
+            Err(Errno::INTR) => {}
+            Err(errno) => return Err(errno),
+        }
+    }
+    Ok(())
+}

@@ -8,6 +8,8 @@ mod mount;
 
 #[path = "fuse/access.rs"]
 mod access;
+#[path = "fuse/damage.rs"]
+mod damage;
 #[path = "fuse/data.rs"]
 mod data;
 #[path = "fuse/life.rs"]

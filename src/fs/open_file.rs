@@ -1,17 +1,14 @@
 //! What can be done with an open file.
 
-use std::fs::File;
-use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 
 use parking_lot::Mutex;
-use rustix::fs::SeekFrom;
 
 use super::errno::{Errno, Outcome};
 use super::inodes::Node;
 use super::open_disks::{OpenDisk, OpenDisks};
 use super::tree::{Entry, Tree};
-use crate::error::Context;
+use crate::storage::{FileStorage, Storage};
 use crate::units::SECTOR_BYTES;
 
 /// `XFS_IOC_DIOINFO`, by which QEMU asks any filesystem for the alignment of direct I/O.
@@ -41,7 +38,7 @@ pub enum OpenFile {
     /// An image, a kernel or a ramdisk, whose content never changes.
     Fixed {
         /// The store's file.
-        file: File,
+        file: FileStorage,
         /// Its bytes.
         size: u64,
     },
@@ -64,8 +61,8 @@ impl OpenFile {
                 Err(Errno::READ_ONLY.into())
             }
             Node::Image { .. } | Node::BootFile(_) => {
-                let file = tree.open_fixed(node)?;
-                let size = file.metadata().context(|| "look at an image")?.len();
+                let file = FileStorage::new(tree.open_fixed(node)?, "an image");
+                let size = file.size()?;
                 Ok(Self::Fixed { file, size })
             }
             Node::Link { .. } => Err(Errno::INVALID.into()),
@@ -104,7 +101,7 @@ impl OpenFile {
         match self {
             _ if buf.is_empty() => {}
             Self::Disk(disk) => disk.disk().read_at(offset, buf)?,
-            Self::Fixed { file, .. } => file.read_exact_at(buf, offset).context(|| "read an image")?,
+            Self::Fixed { file, .. } => file.read_exact_at(offset, buf)?,
             Self::Directory { .. } => return Err(Errno::IS_DIRECTORY.into()),
         }
         Ok(len)
@@ -164,11 +161,7 @@ impl OpenFile {
     fn next_data(&self, from: u64) -> Outcome<Option<u64>> {
         match self {
             Self::Disk(disk) => Ok(disk.disk().next_data(from)?),
-            Self::Fixed { file, .. } => match rustix::fs::seek(file, SeekFrom::Data(from)) {
-                Ok(at) => Ok(Some(at)),
-                Err(rustix::io::Errno::NXIO) => Ok(None),
-                Err(errno) => Err(crate::Error::io("seek in an image", errno.into()).into()),
-            },
+            Self::Fixed { file, size } => Ok(file.next_data_up_to(from, *size)?),
             Self::Directory { .. } => Err(Errno::IS_DIRECTORY.into()),
         }
     }
@@ -176,9 +169,7 @@ impl OpenFile {
     fn next_hole(&self, from: u64) -> Outcome<u64> {
         match self {
             Self::Disk(disk) => Ok(disk.disk().next_hole(from)?),
-            Self::Fixed { file, .. } => {
-                Ok(rustix::fs::seek(file, SeekFrom::Hole(from)).context(|| "seek in an image")?)
-            }
+            Self::Fixed { file, .. } => Ok(file.next_hole(from)?),
             Self::Directory { .. } => Err(Errno::IS_DIRECTORY.into()),
         }
     }

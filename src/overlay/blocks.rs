@@ -46,7 +46,7 @@ impl Blocks {
     /// Fills `buf` with the bytes at `offset` of the disk, all of them in blocks of one state.
     pub fn read_in(&self, state: BlockState, offset: u64, buf: &mut [u8]) -> Result<()> {
         match state {
-            BlockState::Data => self.data.read_at(self.grid.data_offset(offset), buf),
+            BlockState::Data => self.data.read_exact_at(self.grid.data_offset(offset), buf),
             BlockState::Base => self.base.read_at(offset, buf),
             BlockState::Zero => {
                 buf.fill(0);

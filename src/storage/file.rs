@@ -9,8 +9,8 @@ use std::sync::Arc;
 use rustix::fs::SeekFrom;
 use rustix::io::Errno;
 
-use super::Storage;
 use super::host::{Host, RealHost};
+use super::{Storage, ends_early};
 use crate::error::{Context, Error, Result};
 
 /// A regular file (or, for what only reads, a block device) of the host. Its position is never used, so threads may
@@ -60,6 +60,23 @@ impl FileStorage {
     pub fn clone_contents(&self, source: &File) -> bool {
         self.host.clone_contents(source.as_fd(), self.as_fd()).is_ok()
     }
+
+    /// Reads into `buf` until it is full or the file ends; returns how many bytes were read.
+    fn read_to_end(&self, offset: u64, buf: &mut [u8]) -> Result<usize> {
+        let mut done = 0;
+        while done < buf.len() {
+            match self.file.read_at(&mut buf[done..], offset + done as u64) {
+                Ok(0) => break,
+                Ok(count) => done += count,
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) => {
+                    let message = format!("read {} bytes at {offset} of {}", buf.len(), self.name);
+                    return Err(Error::io(message, error));
+                }
+            }
+        }
+        Ok(done)
+    }
 }
 
 impl AsFd for FileStorage {
@@ -80,22 +97,16 @@ impl Storage for FileStorage {
     }
 
     fn read_at(&self, offset: u64, buf: &mut [u8]) -> Result<()> {
-        let mut done = 0;
-        while done < buf.len() {
-            match self.file.read_at(&mut buf[done..], offset + done as u64) {
-                Ok(0) => {
-                    buf[done..].fill(0);
-                    break;
-                }
-                Ok(count) => done += count,
-                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                Err(error) => {
-                    let message = format!("read {} bytes at {offset} of {}", buf.len(), self.name);
-                    return Err(Error::io(message, error));
-                }
-            }
-        }
+        let done = self.read_to_end(offset, buf)?;
+        buf[done..].fill(0);
         Ok(())
+    }
+
+    fn read_exact_at(&self, offset: u64, buf: &mut [u8]) -> Result<()> {
+        match self.read_to_end(offset, buf)? {
+            done if done == buf.len() => Ok(()),
+            _ => Err(ends_early(&self.name, offset, buf.len(), self.size()?)),
+        }
     }
 
     fn write_at(&self, offset: u64, buf: &[u8]) -> Result<()> {
@@ -163,6 +174,7 @@ impl Storage for FileStorage {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::error::ErrorKind;
 
     fn storage() -> FileStorage {
         FileStorage::new(tempfile::tempfile().expect("a temporary file"), "test file")
@@ -177,6 +189,19 @@ mod tests {
         assert_eq!(&buf, b"bc\0\0\0\0");
         storage.read_at(1 << 40, &mut buf).expect("read far past the end");
         assert_eq!(buf, [0; 6]);
+    }
+
+    #[test]
+    fn bytes_that_must_be_there_are_not_made_up() {
+        let storage = storage();
+        storage.write_at(0, b"abc").expect("write");
+        let mut buf = [7; 2];
+        storage.read_exact_at(1, &mut buf).expect("read");
+        assert_eq!(&buf, b"bc");
+        storage.read_exact_at(3, &mut []).expect("nothing at the end");
+        let error = storage.read_exact_at(2, &mut buf).expect_err("one byte is missing");
+        assert_eq!(error.kind(), ErrorKind::Io);
+        assert_eq!(error.to_string(), "read 2 bytes at 2 of test file: it ends at byte 3, before them");
     }
 
     #[test]

@@ -80,6 +80,10 @@ impl Storage for LatchedStorage {
         self.inner.read_at(offset, buf)
     }
 
+    fn read_exact_at(&self, offset: u64, buf: &mut [u8]) -> Result<()> {
+        self.inner.read_exact_at(offset, buf)
+    }
+
     fn write_at(&self, offset: u64, buf: &[u8]) -> Result<()> {
         self.latch.check()?;
         self.inner.write_at(offset, buf)

@@ -12,7 +12,7 @@ mod mem;
 
 use std::fmt::Debug;
 
-use crate::error::Result;
+use crate::error::{Error, ErrorKind, Result};
 
 pub use file::FileStorage;
 pub use host::{Host, RealHost};
@@ -30,6 +30,19 @@ pub trait Storage: Send + Sync + Debug {
 
     /// Fills `buf` with what lies at `offset`. Holes and all that lies past the end read as zeroes.
     fn read_at(&self, offset: u64, buf: &mut [u8]) -> Result<()>;
+
+    /// Fills `buf` with what lies at `offset`, all of which must lie before the end: for bytes that have to be there, so
+    /// that a file which somebody has cut does not show zeroes in their place.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Io`] if the array ends earlier; whatever `buf` holds then means nothing.
+    fn read_exact_at(&self, offset: u64, buf: &mut [u8]) -> Result<()> {
+        let end = self.size()?;
+        match offset.checked_add(buf.len() as u64) {
+            Some(wanted) if wanted <= end => self.read_at(offset, buf),
+            _ => Err(ends_early("the array", offset, buf.len(), end)),
+        }
+    }
 
     /// Writes all of `buf` at `offset`; the array grows as needed. After an error any part may have been written.
     fn write_at(&self, offset: u64, buf: &[u8]) -> Result<()>;
@@ -59,6 +72,29 @@ pub trait Storage: Send + Sync + Debug {
     /// The first byte at or after `offset` that does not lie in a hole, or `None`. A hint: data may be all zeroes.
     fn next_data(&self, offset: u64) -> Result<Option<u64>>;
 
+    /// [`Storage::next_data`] of an array that reaches to `end` or beyond, so that what somebody has cut off does not pass
+    /// for a hole.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Io`] if there is no data at or after `offset` and the array ends before `end`.
+    fn next_data_up_to(&self, offset: u64, end: u64) -> Result<Option<u64>> {
+        if let Some(found) = self.next_data(offset)? {
+            return Ok(Some(found));
+        }
+        let found = self.size()?;
+        if found < end {
+            let message = format!("seek data from {offset}: the file ends at byte {found}, it had {end}");
+            return Err(Error::new(ErrorKind::Io, message));
+        }
+        Ok(None)
+    }
+
     /// The first byte at or after `offset` that lies in a hole; the end counts as one.
     fn next_hole(&self, offset: u64) -> Result<u64>;
+}
+
+/// What is said of a file that was cut while it was in use.
+fn ends_early(name: &str, offset: u64, len: usize, end: u64) -> Error {
+    let message = format!("read {len} bytes at {offset} of {name}: it ends at byte {end}, before them");
+    Error::new(ErrorKind::Io, message)
 }

@@ -1,7 +1,8 @@
 //! Bases: the bytes of images and of flavors' blank disks, each stored once under the BLAKE3 of its content.
 //!
-//! A base is `bases/HASH/base.raw`, read-only and sparse, and a record of its size and modification time. A base whose
-//! file no longer agrees with its record is not opened: an overlay over changed bytes is a damaged disk.
+//! A base is `bases/HASH/base.raw`, read-only and sparse, and a record of its size, modification time and inode number. A
+//! base whose file no longer agrees with its record is not opened, for an overlay over changed bytes is a damaged disk:
+//! only reading it all (`verify`) tells a copy of the right bytes from others.
 //!
 //! Whoever reads a base holds a shared flock of its file, so that it is not removed meanwhile.
 
@@ -25,7 +26,7 @@ use crate::units::check_disk_bytes;
 /// What to do about a base whose bytes are wrong. A filesystem made anew has another UUID, so a flavor's is lost.
 const DAMAGED_HINT: &str =
     "importing the same image again repairs it; what a flavor made must come from a backup of the store";
-/// What to do about a base whose bytes may be right, after a copy of the store that did not keep times, say.
+/// What to do about a base whose bytes may be right, because the store was copied, say.
 const TOUCHED_HINT: &str =
     "if its bytes are right, this repairs it: cowdisk image verify, or cowdisk flavor verify";
 
@@ -36,7 +37,7 @@ struct BaseRecord {
     size: u64,
     /// Modification time of `base.raw`, in nanoseconds since 1970.
     mtime_ns: i128,
-    /// Inode number of `base.raw`; another one only says that the store was copied.
+    /// Inode number of `base.raw`: another one is another file, be it a copy.
     inode: u64,
     created: Timestamp,
     /// Whether `verify` has found other bytes than the name says.
@@ -75,7 +76,46 @@ impl<'a> BaseDraft<'a> {
     }
 }
 
-/// Size and modification time of a base's file as it is now.
+impl BaseRecord {
+    /// Whether a file looks like the one that was stored. What its bytes are only reading them tells.
+    fn describes(&self, found: &Self) -> bool {
+        (self.size, self.mtime_ns, self.inode) == (found.size, found.mtime_ns, found.inode)
+    }
+
+    /// What is not as it was stored, for a message: each thing as it was and as it is.
+    fn difference(&self, found: &Self) -> String {
+        let mut changes = Vec::new();
+        if self.size != found.size {
+            changes.push(format!("its size was {} bytes, is {}", self.size, found.size));
+        }
+        if self.damaged {
+            changes.push("its bytes are not those that were stored".to_owned());
+        }
+        if self.mtime_ns != found.mtime_ns {
+            let [was, is] = [self.mtime_ns, found.mtime_ns].map(show_nanoseconds);
+            changes.push(format!("its modification time was {was}, is {is}"));
+        }
+        if self.inode != found.inode {
+            changes.push(format!("its inode number was {}, is {}", self.inode, found.inode));
+        }
+        changes.join("; ")
+    }
+}
+
+/// Nanoseconds since 1970 as a moment, in UTC.
+fn show_nanoseconds(since_1970: i128) -> String {
+    let seconds = i64::try_from(since_1970.div_euclid(1_000_000_000));
+    match seconds.ok().and_then(Timestamp::from_unix_seconds) {
+        Some(moment) => {
+            let moment = moment.to_string();
+            let nanoseconds = since_1970.rem_euclid(1_000_000_000);
+            format!("{}.{nanoseconds:09}Z", moment.trim_end_matches('Z'))
+        }
+        None => format!("{since_1970} ns after 1970"),
+    }
+}
+
+/// Size, modification time and inode number of a base's file as they are now.
 fn fingerprint(file: &File) -> Result<BaseRecord> {
     let metadata = file.metadata().context(|| "look up a base")?;
     let mtime_ns = i128::from(metadata.mtime()) * 1_000_000_000 + i128::from(metadata.mtime_nsec());
@@ -119,16 +159,15 @@ impl Store {
     pub fn open_base(&self, id: &BaseId) -> Result<File> {
         let (file, record) = self.open_base_unchecked(id)?;
         let found = fingerprint(&file)?;
-        let (message, hint) = if found.size != record.size {
-            (format!("base {id}: {} bytes, but {} when it was stored", found.size, record.size), DAMAGED_HINT)
-        } else if record.damaged {
-            (format!("base {id}: its bytes are not those that were stored"), DAMAGED_HINT)
-        } else if found.mtime_ns != record.mtime_ns {
-            (format!("base {id}: modified since it was stored"), TOUCHED_HINT)
-        } else {
+        let hint = if found.size != record.size || record.damaged {
+            DAMAGED_HINT
+        } else if record.describes(&found) {
             return Ok(file);
+        } else {
+            TOUCHED_HINT
         };
-        Err(Error::new(ErrorKind::Corrupt, message).with_hint(hint))
+        let what = record.difference(&found);
+        Err(Error::new(ErrorKind::Corrupt, format!("base {id}: {what}")).with_hint(hint))
     }
 
     fn open_base_unchecked(&self, id: &BaseId) -> Result<(File, BaseRecord)> {
@@ -164,13 +203,14 @@ impl Store {
         Ok((record.size, metadata.blocks() * 512))
     }
 
-    /// Hashes a base again. If its content is what its name says, a changed modification time is forgiven and noted.
+    /// Hashes a base again. If its content is what its name says, another modification time or inode number is forgiven
+    /// and noted.
     pub(super) fn verify_base(&self, id: &BaseId, progress: &dyn Progress) -> Result<()> {
         let (file, record) = self.open_base_unchecked(id)?;
         let found = fingerprint(&file)?;
         if found.size != record.size {
-            let message = format!("base {id}: {} bytes, but {} when it was stored", found.size, record.size);
-            return Err(Error::new(ErrorKind::Corrupt, message));
+            let message = format!("base {id}: {}", record.difference(&found));
+            return Err(Error::new(ErrorKind::Corrupt, message).with_hint(DAMAGED_HINT));
         }
         let hash = {
             let work = Work::begin(progress, "verify", Some(found.size));

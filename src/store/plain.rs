@@ -59,10 +59,10 @@ impl PlainDisk {
     /// Fills `buf` with what lies at `offset`.
     ///
     /// # Errors
-    /// [`ErrorKind::OutOfRange`] beyond the end; those of the host.
+    /// [`ErrorKind::OutOfRange`] beyond the end; [`ErrorKind::Io`] if somebody has cut the file; those of the host.
     pub fn read_at(&self, offset: u64, buf: &mut [u8]) -> Result<()> {
         self.check_range(offset, buf.len() as u64)?;
-        self.storage.read_at(offset, buf)
+        self.storage.read_exact_at(offset, buf)
     }
 
     /// Writes all of `buf` at `offset`; survives the host after a later [`PlainDisk::flush`].
@@ -129,10 +129,11 @@ impl PlainDisk {
     /// # Errors
     /// Those of the host.
     pub fn next_data(&self, offset: u64) -> Result<Option<u64>> {
-        if offset >= self.size() {
+        let size = self.size();
+        if offset >= size {
             return Ok(None);
         }
-        self.storage.next_data(offset)
+        self.storage.next_data_up_to(offset, size).context(|| self.name.clone())
     }
 
     /// The first byte at or after `offset` that lies in a hole; the end counts as one.

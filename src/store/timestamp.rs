@@ -24,6 +24,13 @@ impl Timestamp {
         Self { unix_seconds: i64::try_from(since.as_secs()).unwrap_or(0) }
     }
 
+    /// A moment by its seconds since 1970; `None` outside the years 0000 to 9999.
+    pub(super) fn from_unix_seconds(unix_seconds: i64) -> Option<Self> {
+        const FIRST: i64 = -62_167_219_200;
+        const LAST: i64 = 253_402_300_799;
+        (FIRST..=LAST).contains(&unix_seconds).then_some(Self { unix_seconds })
+    }
+
     /// Seconds since 1970-01-01T00:00:00Z.
     pub fn unix_seconds(self) -> i64 {
         self.unix_seconds
@@ -110,6 +117,14 @@ mod tests {
             assert_eq!(Timestamp { unix_seconds }.to_string(), text);
             assert_eq!(text.parse::<Timestamp>().unwrap().unix_seconds(), unix_seconds);
         }
+    }
+
+    #[test]
+    fn moments_end_with_the_years_of_four_digits() {
+        let shown = |seconds| Timestamp::from_unix_seconds(seconds).map(|moment| moment.to_string());
+        assert_eq!(shown(-62_167_219_200).as_deref(), Some("0000-01-01T00:00:00Z"));
+        assert_eq!(shown(253_402_300_799).as_deref(), Some("9999-12-31T23:59:59Z"));
+        assert_eq!((shown(-62_167_219_201), shown(253_402_300_800), shown(i64::MAX)), (None, None, None));
     }
 
     #[test]

@@ -162,9 +162,48 @@ fn verify_names_what_has_changed() {
     let text = verify().unwrap_err().to_string();
     assert!(text.contains("debian") && text.contains("bytes have changed"), "{text}");
     file.set_len(4096).unwrap();
-    assert!(verify().unwrap_err().to_string().contains("4096 bytes"));
+    let text = verify().unwrap_err().to_string();
+    assert!(text.contains("its size was 1048576 bytes, is 4096"), "{text}");
     std::fs::remove_dir_all(path.parent().unwrap()).unwrap();
     assert_eq!(verify().unwrap_err().kind(), ErrorKind::NotFound);
+}
+
+#[test]
+fn a_base_that_changed_is_refused_with_what_changed() {
+    let t = empty_store();
+    let base = t.import("debian", &image_bytes()).unwrap().base;
+    let path = t.path(&format!("bases/{base}/base.raw"));
+    let refusal = || {
+        let error = t.store.open_base(&base).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Corrupt);
+        (error.to_string(), error.hint().unwrap().to_owned())
+    };
+    let file = File::open(&path).unwrap();
+    let stored = file.metadata().unwrap();
+    file.set_modified(std::time::UNIX_EPOCH).unwrap();
+    let (text, hint) = refusal();
+    assert!(text.contains("its modification time was 20"), "{text}");
+    assert!(text.ends_with(", is 1970-01-01T00:00:00.000000000Z"), "{text}");
+    assert!(hint.contains("cowdisk image verify"), "{hint}");
+
+    // Another file with the same size, the same time and, as it happens, the same bytes.
+    let copy = path.with_file_name("copy");
+    std::fs::copy(&path, &copy).unwrap();
+    File::open(&copy).unwrap().set_modified(stored.modified().unwrap()).unwrap();
+    rustix::fs::renameat(rustix::fs::CWD, &copy, rustix::fs::CWD, &path).unwrap();
+    let inode = std::fs::metadata(&path).unwrap().ino();
+    let (text, hint) = refusal();
+    let expected = format!("base {base}: its inode number was {}, is {inode}", stored.ino());
+    assert_eq!(text, expected);
+    assert!(hint.contains("cowdisk image verify"), "{hint}");
+    t.store.verify_image(&name("debian"), &NoProgress).unwrap();
+    t.store.open_base(&base).unwrap();
+
+    std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o600)).unwrap();
+    File::options().write(true).open(&path).unwrap().set_len(4096).unwrap();
+    let (text, hint) = refusal();
+    assert!(text.contains("its size was 1048576 bytes, is 4096; its modification time was"), "{text}");
+    assert!(hint.contains("importing the same image again"), "{hint}");
 }
 
 #[test]

@@ -214,7 +214,8 @@ pub struct MountArgs {
     /// Serve in the foreground
     #[arg(short, long)]
     pub foreground: bool,
-    /// Options, separated by commas: ro, threads=N, flush=SECONDS, allow_other, noallow_other, accept_loss, log=FILE
+    /// Options, separated by commas: ro, threads=N, flush=SECONDS, allow_other, noallow_other, accept_loss, reserve=SIZE,
+    /// high_water=PERCENT, log=FILE
     #[arg(short, value_name = "OPT,…", allow_hyphen_values = true)]
     pub options: Vec<String>,
     /// Check the store, the mountpoint and the options, and mount nothing

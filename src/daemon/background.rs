@@ -1,4 +1,5 @@
-//! What a daemon does without being asked: flushing disks that were written, and housekeeping of their maps.
+//! What a daemon does without being asked: flushing disks that were written, housekeeping of their maps, and watching the
+//! space of the host's filesystem.
 
 use std::sync::Arc;
 use std::thread::JoinHandle;
@@ -8,6 +9,7 @@ use parking_lot::{Condvar, Mutex};
 
 use crate::error::{Context, Error, Result};
 use crate::fs::Fs;
+use crate::store::{HighWater, WaterMove};
 
 /// How often housekeeping looks whether there is something to do.
 const TICK: Duration = Duration::from_secs(1);
@@ -41,6 +43,7 @@ impl Background {
 
 fn work(fs: &Fs, stop: &Stop, flush_seconds: u32) {
     let mut ticks = 0u32;
+    let mut high_water = HighWater::default();
     let mut wanted = stop.wanted.lock();
     while !*wanted {
         stop.changed.wait_for(&mut wanted, TICK);
@@ -54,7 +57,20 @@ fn work(fs: &Fs, stop: &Stop, flush_seconds: u32) {
                 report("flush in the background", &fs.flush_dirty());
             }
             report("housekeeping", &fs.checkpoint_due());
+            watch_space(fs, &mut high_water);
         });
+    }
+}
+
+/// Looks how full the host's filesystem is and logs when it is nearly full, and when no longer.
+fn watch_space(fs: &Fs, high_water: &mut HighWater) {
+    match fs.look_at_space() {
+        Ok(now) => match high_water.note(&now) {
+            Some(WaterMove::Rose) => log::warn!("{}", now.sentence()),
+            Some(WaterMove::Fell) => log::info!("no longer nearly full: {}", now.sentence()),
+            None => {}
+        },
+        Err(error) => log::warn!("{error}"),
     }
 }
 

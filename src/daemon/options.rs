@@ -6,7 +6,9 @@
 use std::fmt;
 use std::path::PathBuf;
 
-use crate::error::{Error, ErrorKind, Result};
+use crate::error::{Context, Error, ErrorKind, Result};
+use crate::store::{HIGH_WATER_PERCENT, SpacePolicy};
+use crate::units::parse_size;
 
 /// Most threads that answer requests; more would only wake each other.
 pub const THREADS_MAX: usize = 64;
@@ -31,6 +33,8 @@ pub struct MountOptions {
     pub flush_seconds: u32,
     /// Whether a disk whose live map is gone goes back to its last completed flush; without it such a disk is refused.
     pub accept_loss: bool,
+    /// How much of the host's filesystem stays free, and when it is nearly full.
+    pub space: SpacePolicy,
     /// Where a daemon in the background writes its messages; a file in the run directory if `None`.
     pub log: Option<PathBuf>,
 }
@@ -44,6 +48,7 @@ impl Default for MountOptions {
             allow_other: None,
             flush_seconds: FLUSH_SECONDS,
             accept_loss: false,
+            space: SpacePolicy::default(),
             log: None,
         }
     }
@@ -59,11 +64,11 @@ impl MountOptions {
     /// Reads comma-separated options; an empty text or empty options are fine, and of contradicting ones the last
     /// holds.
     ///
-    /// Ours: `ro`, `rw`, `threads=N`, `allow_other`, `noallow_other`, `flush=SECONDS`, `accept_loss`, `log=FILE`. Those
-    /// that only concern mount(8), systemd or the caches of other filesystems are accepted and do nothing: `defaults`,
-    /// `auto`, `noauto`, `nofail`, `user`, `users`, `owner`, `group` and their `no…`, `_netdev`, `x-…`, `comment=…`,
-    /// `async`, `atime`, `noatime`, `relatime`, `nodiratime`. So are those that always hold: `nosuid`, `nodev`,
-    /// `noexec`, `default_permissions`.
+    /// Ours: `ro`, `rw`, `threads=N`, `allow_other`, `noallow_other`, `flush=SECONDS`, `accept_loss`, `reserve=SIZE`,
+    /// `high_water=PERCENT`, `log=FILE`. Those that only concern mount(8), systemd or the caches of other filesystems are
+    /// accepted and do nothing: `defaults`, `auto`, `noauto`, `nofail`, `user`, `users`, `owner`, `group` and their `no…`,
+    /// `_netdev`, `x-…`, `comment=…`, `async`, `atime`, `noatime`, `relatime`, `nodiratime`. So are those that always
+    /// hold: `nosuid`, `nodev`, `noexec`, `default_permissions`.
     ///
     /// # Errors
     /// [`ErrorKind::Invalid`], naming the option: one that is not known, a value out of range, and `suid`, `dev` and
@@ -74,7 +79,8 @@ impl MountOptions {
             if let Meaning::Unknown = options.apply(option)? {
                 return Err(Error::new(ErrorKind::Invalid, format!("mount option {option:?}: not known"))
                     .with_hint(
-                        "known: ro, rw, threads=N, allow_other, noallow_other, flush=SECONDS, accept_loss, log=FILE",
+                        "known: ro, rw, threads=N, allow_other, noallow_other, flush=SECONDS, accept_loss, \
+                         reserve=SIZE, high_water=PERCENT, log=FILE",
                     ));
             }
         }
@@ -106,6 +112,11 @@ impl MountOptions {
             ("allow_other", None) => self.allow_other = Some(true),
             ("noallow_other", None) => self.allow_other = Some(false),
             ("accept_loss", None) => self.accept_loss = true,
+            ("reserve", Some(value)) => {
+                let size = parse_size(value).context(|| format!("mount option {option:?}"))?;
+                self.space.reserve = Some(size);
+            }
+            ("high_water", Some(value)) => self.space.high_water_percent = in_range(option, value, 1, 100)?,
             ("log", Some(path)) if path.starts_with('/') => self.log = Some(PathBuf::from(path)),
             ("log", _) => {
                 return Err(Error::new(
@@ -167,6 +178,12 @@ impl fmt::Display for MountOptions {
         if self.accept_loss {
             f.write_str(",accept_loss")?;
         }
+        if let Some(reserve) = self.space.reserve {
+            write!(f, ",reserve={reserve}")?;
+        }
+        if self.space.high_water_percent != HIGH_WATER_PERCENT {
+            write!(f, ",high_water={}", self.space.high_water_percent)?;
+        }
         match &self.log {
             Some(path) => write!(f, ",log={}", path.display()),
             None => Ok(()),
@@ -180,14 +197,16 @@ mod tests {
 
     #[test]
     fn own_options_are_read() {
-        let options =
-            MountOptions::parse("ro,threads=3,noallow_other,flush=0,accept_loss,log=/var/log/cowdisk.log")
-                .unwrap();
+        let options = MountOptions::parse(
+            "ro,threads=3,noallow_other,flush=0,accept_loss,reserve=2G,high_water=80,log=/var/log/cowdisk.log",
+        )
+        .unwrap();
         assert!(options.read_only);
         assert_eq!(options.threads, 3);
         assert_eq!(options.allow_other, Some(false));
         assert_eq!(options.flush_seconds, 0);
         assert!(options.accept_loss && !MountOptions::default().accept_loss);
+        assert_eq!(options.space, SpacePolicy { reserve: Some(2 << 30), high_water_percent: 80 });
         assert_eq!(options.log, Some(PathBuf::from("/var/log/cowdisk.log")));
     }
 
@@ -219,6 +238,13 @@ mod tests {
             "flush=-1",
             "ro=1",
             "flush=3601",
+            "reserve",
+            "reserve=",
+            "reserve=-1",
+            "reserve=10%",
+            "reserve=99999999999T",
+            "high_water=0",
+            "high_water=101",
             "log=relative",
             "log",
             "size=3",
@@ -239,7 +265,13 @@ mod tests {
 
     #[test]
     fn written_options_read_back_the_same() {
-        for text in ["ro,threads=7,allow_other,flush=9,log=/x", "noallow_other", ""] {
+        for text in [
+            "ro,threads=7,allow_other,flush=9,log=/x",
+            "noallow_other",
+            "reserve=0,high_water=1",
+            "reserve=3M,high_water=100",
+            "",
+        ] {
             let options = MountOptions::parse(text).unwrap();
             assert_eq!(MountOptions::parse(&options.to_string()).unwrap(), options);
         }

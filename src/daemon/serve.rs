@@ -49,6 +49,7 @@ enum Event {
 /// Before `on_ready`: why the store cannot be mounted; nothing is mounted then. After it: what could not be made durable.
 pub fn serve(store: Store, mountpoint: &Path, options: &MountOptions, on_ready: impl FnOnce()) -> Result<()> {
     let mountpoint = mountpoint::prepare(mountpoint, store.dir())?;
+    let store = store.with_space_policy(options.space);
     let lock = store.serve_lock(&mountpoint)?;
     let run_dir = store.run_dir()?;
     let source = mounts::absolute(store.dir())?;

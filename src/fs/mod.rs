@@ -38,7 +38,7 @@ use open_file::OpenFile;
 use tree::Tree;
 
 use crate::error::{Context, Error, Result};
-use crate::store::Store;
+use crate::store::{SpaceNow, Store};
 
 /// What `statfs` shows: the host's filesystem under the store.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -49,7 +49,7 @@ pub struct Statistics {
     pub blocks: u64,
     /// Blocks that are free.
     pub blocks_free: u64,
-    /// Blocks that others than root may still take.
+    /// Blocks that guests may still fill: what others than root may take, less the reserve.
     pub blocks_available: u64,
     /// Inodes in all.
     pub files: u64,
@@ -296,17 +296,26 @@ impl Fs {
         self.handles.get(handle)?.control(command)
     }
 
+    /// Looks at the space of the host's filesystem, for others may have filled or freed it.
+    ///
+    /// # Errors
+    /// Those of the host.
+    pub fn look_at_space(&self) -> Result<SpaceNow> {
+        self.tree.store().space()
+    }
+
     /// The host's filesystem under the store.
     ///
     /// # Errors
     /// Those of the host.
     pub fn statistics(&self) -> Outcome<Statistics> {
         let stat = rustix::fs::statvfs(self.tree.store().dir()).context(|| "statfs of the store")?;
+        let reserve = self.tree.store().space()?.reserve;
         Ok(Statistics {
             block_bytes: u32::try_from(stat.f_frsize).unwrap_or(4096),
             blocks: stat.f_blocks,
             blocks_free: stat.f_bfree,
-            blocks_available: stat.f_bavail,
+            blocks_available: stat.f_bavail.saturating_sub(reserve.div_ceil(stat.f_frsize.max(1))),
             files: stat.f_files,
             files_free: stat.f_ffree,
             name_bytes_max: 255,

@@ -13,7 +13,7 @@ use super::page_bits::PageBits;
 use super::states::{Extent, PageWords};
 use crate::error::{Context, Result};
 use crate::format::{BLOCKS_PER_PAGE, BlockState, Change, page_count};
-use crate::storage::LatchedStorage;
+use crate::storage::{LatchedStorage, Room};
 use crate::units::BlockSpan;
 
 /// So many uncommitted runs make the next writer flush: it bounds the memory that they take (1 MiB).
@@ -67,25 +67,27 @@ impl AllocMap {
         })
     }
 
-    /// Reserves whatever a later [`AllocMap::set`] of these blocks, and the commit of it, may need.
+    /// Reserves whatever a later [`AllocMap::set`] of these blocks, and the commit of it, may need. What that takes of the
+    /// host's disk comes from `room`; without one, for what gives space back, from the reserve.
     ///
     /// # Errors
     /// [`crate::ErrorKind::NoSpace`] if the host's disk or the tmpfs is full; no state has changed then.
-    pub fn prepare(&self, span: BlockSpan) -> Result<()> {
+    pub fn prepare(&self, span: BlockSpan, room: Option<&Room>) -> Result<()> {
         if span.is_empty() {
             return Ok(());
         }
         for page in pages_of(span) {
             if !self.prepared.get(page) {
-                self.prepare_page(page)?;
+                self.prepare_page(page, room)?;
             }
         }
         Ok(())
     }
 
     #[cold]
-    fn prepare_page(&self, page: u64) -> Result<()> {
+    fn prepare_page(&self, page: u64, room: Option<&Room>) -> Result<()> {
         let mut durable = self.durable.lock();
+        let _taken = room.map(|room| durable.take_room(room, page)).transpose()?;
         if durable.superblock().session != self.binding.session {
             durable.begin_session(self.binding.session, self.binding.boot).context(|| "begin writing")?;
             self.note_durable(&durable);

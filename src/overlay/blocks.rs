@@ -4,12 +4,14 @@
 //! its state says so, and a block that becomes `Data` is always written whole: what an earlier life of it left in the
 //! data file never shows.
 
+use std::sync::Arc;
+
 use super::alloc_map::AllocMap;
 use super::base::BaseImage;
 use super::states::Extent;
 use crate::error::{Context, Result};
 use crate::format::BlockState;
-use crate::storage::{LatchedStorage, Storage};
+use crate::storage::{LatchedStorage, Room, Storage};
 use crate::units::{BlockSpan, Geometry};
 
 /// Data, base and map of one overlay, in blocks.
@@ -20,12 +22,19 @@ pub struct Blocks {
     data: LatchedStorage,
     base: BaseImage,
     map: AllocMap,
+    /// What is written for the first time takes from it.
+    room: Arc<Room>,
 }
 
 impl Blocks {
     /// Joins the parts of an overlay.
     pub fn new(grid: Geometry, data: LatchedStorage, base: BaseImage, map: AllocMap) -> Self {
-        Self { grid, data, base, map }
+        Self { grid, data, base, map, room: Arc::new(Room::unlimited()) }
+    }
+
+    /// From now on blocks that are written for the first time take from `room`.
+    pub fn set_room(&mut self, room: Arc<Room>) {
+        self.room = room;
     }
 
     /// The allocation map.
@@ -92,10 +101,20 @@ impl Blocks {
         if is_zero(buf) {
             return self.show_zeroes(span);
         }
-        self.map.prepare(span)?;
-        self.data.write_at(span.start * self.block_bytes(), buf)?;
+        let offset = span.start * self.block_bytes();
+        let _taken = self.room.take_for(&self.data, offset, buf.len() as u64)?;
+        self.map.prepare(span, Some(&self.room))?;
+        self.data.write_at(offset, buf)?;
         self.map.set(span, BlockState::Data);
         Ok(())
+    }
+
+    /// Reserves space for whole blocks. What they read as does not change.
+    pub fn preallocate(&self, span: BlockSpan) -> Result<()> {
+        let (offset, len) = (span.start * self.block_bytes(), span.len() * self.block_bytes());
+        let _taken = self.room.take_for(&self.data, offset, len)?;
+        self.map.prepare(span, Some(&self.room))?;
+        self.data.allocate(offset, len)
     }
 
     /// Makes `block`, in state `state` and not `Data`, hold `piece` at byte `within`, and around it what it showed.
@@ -126,7 +145,7 @@ impl Blocks {
     /// base has a hole, else `Zero`.
     pub fn clear(&self, span: BlockSpan) -> Result<()> {
         for extent in self.map.extents(span).filter(|extent| extent.state == BlockState::Data) {
-            self.map.prepare(extent.span)?;
+            self.map.prepare(extent.span, None)?;
         }
         self.data.punch(span.start * self.block_bytes(), span.len() * self.block_bytes())?;
         self.show_zeroes(span)
@@ -148,7 +167,7 @@ impl Blocks {
             let run = BlockSpan::new(block, end);
             let state = if hole { BlockState::Base } else { BlockState::Zero };
             if state != extent.state {
-                self.map.prepare(run)?;
+                self.map.prepare(run, None)?;
                 self.map.set(run, state);
             }
             block = end;

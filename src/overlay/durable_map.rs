@@ -14,7 +14,7 @@ use crate::format::{
     MapPage, PAGE_BYTES, PAGES_OFFSET, SUPERBLOCK_BYTES, SessionId, Superblock, changes_that_fit, page_count,
     record_bytes_for, slot_offset,
 };
-use crate::storage::Storage;
+use crate::storage::{Room, Storage, Taken};
 use crate::units::Geometry;
 
 /// Bytes read at once while the pages are loaded: a multiple of two slots.
@@ -274,6 +274,16 @@ impl<S: Storage> DurableMap<S> {
         }
         self.superblock = next;
         Ok(())
+    }
+
+    /// Takes the room that [`DurableMap::begin_session`] and [`DurableMap::reserve_page`] of `page` need.
+    ///
+    /// # Errors
+    /// [`ErrorKind::NoSpace`] if there is none.
+    pub fn take_room<'a>(&self, room: &'a Room, page: u64) -> Result<[Taken<'a>; 2]> {
+        let journal = if self.superblock.journal_bytes == 0 { JOURNAL_BYTES } else { 0 };
+        let slots = room.take_for(&self.storage, slot_offset(page, 0), 2 * PAGE_BYTES as u64)?;
+        Ok([slots, room.take_for(&self.storage, JOURNAL_OFFSET, journal)?])
     }
 
     /// Reserves the space of both slots of `page`, so that a checkpoint cannot fail for want of room.

@@ -17,6 +17,7 @@ mod page_bits;
 mod recover;
 mod states;
 
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 pub use base::BaseImage;
@@ -29,7 +30,7 @@ use blocks::Blocks;
 
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::format::{BaseRef, BlockState, LayerId, Superblock};
-use crate::storage::{Latch, Storage};
+use crate::storage::{Latch, Room, Storage};
 use crate::units::{BlockSpan, Geometry};
 
 /// The two files of a layer.
@@ -90,6 +91,13 @@ impl Overlay {
         })?;
         files.data.sync()?;
         durable_map::format(files.map.as_ref(), &Superblock::new(layer, geometry, base))
+    }
+
+    /// Has blocks that are written for the first time take from `room`; without that the host's disk alone is the limit.
+    #[must_use]
+    pub fn within(mut self, room: Arc<Room>) -> Self {
+        self.blocks.set_room(room);
+        self
     }
 
     /// Size and block grid of the disk now.
@@ -191,15 +199,16 @@ impl Overlay {
         let whole_end = if covers(span.end - 1) { span.end } else { span.end - 1 };
         let edges = [(span.start, span.start < whole_start), (span.end - 1, whole_end < span.end)];
         let edges = if span.len() == 1 { &edges[..1] } else { &edges[..] };
+        // Before the edges, which may need room that this gives back.
+        if whole_start < whole_end {
+            self.blocks.clear(BlockSpan::new(whole_start, whole_end))?;
+        }
         for &(block, partial) in edges {
             if partial {
                 let (at, bytes) = geometry.bytes_of(BlockSpan::new(block, block + 1));
                 let (from, to) = (at.max(offset), (at + bytes).min(end));
                 self.blocks.clear_part(self.blocks.map().extent(block, block + 1), from, to - from)?;
             }
-        }
-        if whole_start < whole_end {
-            self.blocks.clear(BlockSpan::new(whole_start, whole_end))?;
         }
         Ok(())
     }
@@ -214,13 +223,8 @@ impl Overlay {
         let geometry = self.geometry();
         geometry.check_range(offset, len)?;
         let span = geometry.span_touched(offset, len);
-        let block_bytes = u64::from(geometry.block_bytes());
         let _held = self.locks.hold(span);
-        self.blocks.map().prepare(span)?;
-        self.blocks
-            .data()
-            .allocate(span.start * block_bytes, span.len() * block_bytes)
-            .context(|| self.request("preallocate", offset))
+        self.blocks.preallocate(span).context(|| self.request("preallocate", offset))
     }
 
     /// The first byte at or after `offset` that may hold something: data of the overlay, or of the base. `None` if only

@@ -10,7 +10,7 @@ use rustix::fs::SeekFrom;
 use rustix::io::Errno;
 
 use super::host::{Host, RealHost};
-use super::{Storage, ends_early};
+use super::{Storage, ends_early, extents};
 use crate::error::{Context, Error, Result};
 
 /// A regular file (or, for what only reads, a block device) of the host. Its position is never used, so threads may
@@ -167,6 +167,15 @@ impl Storage for FileStorage {
             Ok(found) => Ok(found),
             Err(Errno::NXIO) => Ok(offset),
             Err(errno) => Err(Error::io(format!("seek a hole from {offset} in {}", self.name), errno.into())),
+        }
+    }
+
+    fn unallocated(&self, offset: u64, len: u64) -> Result<u64> {
+        match extents::missing(&self.file, offset, len) {
+            Ok(Some(missing)) => Ok(missing),
+            // A tmpfs, say. There what is written has its space, and what is reserved counts as missing.
+            Ok(None) => super::unallocated_by_holes(self, offset, len),
+            Err(errno) => Err(Error::io(format!("look up the space of {}", self.name), errno.into())),
         }
     }
 }

@@ -125,4 +125,8 @@ impl Storage for LatchedStorage {
     fn next_hole(&self, offset: u64) -> Result<u64> {
         self.inner.next_hole(offset)
     }
+
+    fn unallocated(&self, offset: u64, len: u64) -> Result<u64> {
+        self.inner.unallocated(offset, len)
+    }
 }

@@ -5,10 +5,12 @@
 //! lost or torn at 512 bytes until a later [`Storage::sync`] of the same storage has returned; writes that are not
 //! synced reach the disk in any order.
 
+mod extents;
 mod file;
 mod host;
 mod latch;
 mod mem;
+mod room;
 
 use std::fmt::Debug;
 
@@ -18,6 +20,7 @@ pub use file::FileStorage;
 pub use host::{Host, RealHost};
 pub use latch::{Latch, LatchedStorage};
 pub use mem::MemStorage;
+pub use room::{HostSpace, Room, Taken};
 
 /// An array of bytes that several threads may read and write at the same time. All offsets and lengths are in bytes,
 /// at any alignment; a length of 0 does nothing.
@@ -91,6 +94,29 @@ pub trait Storage: Send + Sync + Debug {
 
     /// The first byte at or after `offset` that lies in a hole; the end counts as one.
     fn next_hole(&self, offset: u64) -> Result<u64>;
+
+    /// Bytes of a range that have no space of their own on the host's disk yet, so that a write to them needs some. What
+    /// was only reserved may count as missing.
+    fn unallocated(&self, offset: u64, len: u64) -> Result<u64> {
+        unallocated_by_holes(self, offset, len)
+    }
+}
+
+/// [`Storage::unallocated`] as far as holes tell.
+fn unallocated_by_holes(storage: &(impl Storage + ?Sized), offset: u64, len: u64) -> Result<u64> {
+    let end = offset.saturating_add(len);
+    let (mut at, mut missing) = (offset, 0);
+    while at < end {
+        let data = storage.next_data(at)?.unwrap_or(end).clamp(at, end);
+        missing += data - at;
+        let hole = if data < end { storage.next_hole(data)? } else { end };
+        // What is punched meanwhile answers with its own beginning; then the rest counts as missing.
+        if hole < end && hole <= data {
+            return Ok(missing + (end - data));
+        }
+        at = hole.min(end);
+    }
+    Ok(missing)
 }
 
 /// What is said of a file that was cut while it was in use.

@@ -33,7 +33,7 @@ impl Store {
         }
         let draft = DraftFile::new(&self.tmp, "boot")?;
         let work = Work::begin(progress, "copy", Some(len));
-        let copied = copy::copy_and_hash(source.file(), len, draft.file(), len, &work);
+        let copied = copy::copy_and_hash(source.file(), len, draft.file(), len, self.room()?, &work);
         let hash = copied.context(|| source.shown())?;
         source.check_unchanged()?;
         draft.file().set_mode(MODE_READ_ONLY)?;

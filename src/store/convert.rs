@@ -13,7 +13,7 @@ use super::progress::{Progress, Work};
 use super::source::Source;
 use super::tool::{Limits, Tool};
 use crate::error::{Context, Error, ErrorKind, Result};
-use crate::storage::Storage;
+use crate::storage::{Room, Storage};
 use crate::units::SECTOR_BYTES;
 
 /// Address space: `qemu-img` maps 0.6 GiB at its start and adds its caches of tables.
@@ -25,11 +25,13 @@ const CPU_BYTES_PER_SECOND: u64 = 8 << 20;
 const WALL_SECONDS: u64 = 600;
 const WALL_BYTES_PER_SECOND: u64 = 2 << 20;
 
-/// Converts `source` into the draft's file and returns the bytes of the disk, a multiple of 512.
+/// Converts `source` into the draft's file and returns the bytes of the disk, a multiple of 512. It is
+/// stopped once `room` is used up.
 pub(super) fn convert(
     source: &Source,
     format: SourceFormat,
     draft: &BaseDraft<'_>,
+    room: &Room,
     progress: &dyn Progress,
 ) -> Result<u64> {
     let virtual_bytes = foreign::check(format, source).context(|| source.shown())?;
@@ -56,7 +58,7 @@ pub(super) fn convert(
     };
     let work = Work::begin(progress, "convert", Some(size));
     let mut percentage = Percentage::default();
-    tool.run(progress, |bytes| {
+    tool.run(room, progress, |bytes| {
         for hundredths in percentage.read(bytes) {
             work.advance(size / 10_000 * hundredths);
         }

@@ -12,7 +12,7 @@ use rustix::io::Errno;
 
 use super::progress::Work;
 use crate::error::{Context, Error, ErrorKind, Result};
-use crate::storage::{FileStorage, Storage};
+use crate::storage::{FileStorage, Room, Storage};
 
 /// Bytes that are read, hashed and written at once: enough for each core's share to be worth a task.
 const CHUNK_BYTES: usize = 4 << 20;
@@ -35,18 +35,19 @@ pub(super) fn hash(file: &File, len: u64, work: &Work<'_>) -> Result<[u8; 32]> {
 }
 
 /// Copies `source_len` bytes of `source` into `target`, an empty file, gives it `target_len` bytes (not fewer) and
-/// returns their hash.
+/// returns their hash. What it writes takes from `room`.
 pub(super) fn copy_and_hash(
     source: &File,
     source_len: u64,
     target: &FileStorage,
     target_len: u64,
+    room: &Room,
     work: &Work<'_>,
 ) -> Result<[u8; 32]> {
     target.set_len(target_len)?;
     let mut hashing = Hashing::new();
     pump(source, source_len, work, |piece| {
-        hashing.add(piece, work, |offset, bytes| write_without_zeroes(target, offset, bytes))
+        hashing.add(piece, work, |offset, bytes| write_without_zeroes(target, offset, bytes, room))
     })?;
     hashing.add_zeroes(target_len - source_len, work)?;
     Ok(hashing.finish())
@@ -69,12 +70,18 @@ pub(super) fn hash_and_punch(file: &FileStorage, len: u64, work: &Work<'_>) -> R
     Ok(hashing.finish())
 }
 
-/// Copies `len` bytes of `source` into `target`, an empty file.
-pub(super) fn copy(source: &File, len: u64, target: &FileStorage, work: &Work<'_>) -> Result<()> {
+/// Copies `len` bytes of `source` into `target`, an empty file. What it writes takes from `room`.
+pub(super) fn copy(
+    source: &File,
+    len: u64,
+    target: &FileStorage,
+    room: &Room,
+    work: &Work<'_>,
+) -> Result<()> {
     target.set_len(len)?;
     pump(source, len, work, |piece| {
         match &piece {
-            Piece::Data { offset, bytes } => write_without_zeroes(target, *offset, bytes)?,
+            Piece::Data { offset, bytes } => write_without_zeroes(target, *offset, bytes, room)?,
             Piece::Hole { .. } => {}
         }
         work.advance(piece.len());
@@ -265,10 +272,13 @@ fn runs(offset: u64, bytes: &[u8], mut each: impl FnMut(bool, u64, &[u8]) -> Res
     Ok(())
 }
 
-fn write_without_zeroes(target: &FileStorage, offset: u64, bytes: &[u8]) -> Result<()> {
-    runs(offset, bytes, |zero, at, run| match zero {
-        true => Ok(()),
-        false => target.write_at(at, run),
+fn write_without_zeroes(target: &FileStorage, offset: u64, bytes: &[u8], room: &Room) -> Result<()> {
+    runs(offset, bytes, |zero, at, run| {
+        if zero {
+            return Ok(());
+        }
+        let _taken = room.take(run.len() as u64).context(|| "write the copy")?;
+        target.write_at(at, run)
     })
 }
 
@@ -336,7 +346,8 @@ mod tests {
         let total = bytes.len().next_multiple_of(512) as u64;
         let progress = Counting { advanced: AtomicU64::new(0), cancel_at: u64::MAX };
         let work = Work::begin(&progress, "copy", None);
-        let hash = copy_and_hash(&source, bytes.len() as u64, &target, total, &work).unwrap();
+        let hash =
+            copy_and_hash(&source, bytes.len() as u64, &target, total, &Room::unlimited(), &work).unwrap();
         let mut padded = bytes.clone();
         padded.resize(usize::try_from(total).unwrap(), 0);
         assert_eq!(contents(target.file()), padded);
@@ -362,7 +373,8 @@ mod tests {
     fn a_plain_copy_is_equal_and_sparse() {
         let (source, bytes) = sample();
         let target = empty();
-        copy(&source, bytes.len() as u64, &target, &Work::begin(&NoProgress, "copy", None)).unwrap();
+        let work = Work::begin(&NoProgress, "copy", None);
+        copy(&source, bytes.len() as u64, &target, &Room::unlimited(), &work).unwrap();
         assert_eq!(contents(target.file()), bytes);
         assert!(target.allocated().unwrap() / 512 < source.metadata().unwrap().blocks());
     }
@@ -382,7 +394,8 @@ mod tests {
         let work = Work::begin(&NoProgress, "hash", None);
         source.set_len(1000).unwrap();
         let target = empty();
-        let copied = copy_and_hash(&source, bytes.len() as u64, &target, bytes.len() as u64, &work);
+        let (len, room) = (bytes.len() as u64, Room::unlimited());
+        let copied = copy_and_hash(&source, len, &target, len, &room, &work);
         assert_eq!(copied.unwrap_err().kind(), ErrorKind::Invalid);
     }
 }

@@ -3,6 +3,7 @@
 use std::fs::File;
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
+use std::sync::Arc;
 use std::time::SystemTime;
 
 use super::Store;
@@ -211,7 +212,8 @@ impl Store {
         let name = format!("{instance}/{disk}");
         if folder.has(disk_file(disk, DiskPart::Raw))? {
             let file = self.lock_disk(folder, instance, disk, DiskPart::Raw)?;
-            return Ok(Disk::Plain(PlainDisk::open(&name, Box::new(folder.storage(file, &name)))?));
+            let storage = Box::new(folder.storage(file, &name));
+            return Ok(Disk::Plain(PlainDisk::open(&name, storage)?.within(Arc::clone(self.room()?))));
         }
         let map = self.lock_disk(folder, instance, disk, DiskPart::Map)?;
         let map = folder.storage(map, format!("map of {name}"));
@@ -228,7 +230,8 @@ impl Store {
         let data = Box::new(folder.storage(data, format!("data of {name}")));
         let files = LayerFiles { data, map: Box::new(map) };
         let open = if self.accept_loss { Overlay::open_accepting_loss } else { Overlay::open };
-        Ok(Disk::Overlay(Box::new(open(&name, files, base, &live_map)?)))
+        let overlay = open(&name, files, base, &live_map)?.within(Arc::clone(self.room()?));
+        Ok(Disk::Overlay(Box::new(overlay)))
     }
 
     /// Opens the file that carries a disk's lock, and takes it.

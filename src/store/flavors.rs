@@ -207,7 +207,7 @@ impl Store {
                         wall: Duration::from_secs(600),
                     },
                 };
-                result = tool.run(progress, |_| {}).context(shown);
+                result = tool.run(self.room()?, progress, |_| {}).context(shown);
                 match &result {
                     Err(error) if error.kind() == ErrorKind::Io => {}
                     _ => break,

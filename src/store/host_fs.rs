@@ -1,5 +1,6 @@
 //! Whether a host filesystem can hold a store: found out by doing it, not by a list of names.
 
+use std::os::fd::AsFd;
 use std::os::unix::fs::FileExt;
 
 use rustix::fs::SeekFrom;
@@ -7,7 +8,7 @@ use rustix::fs::SeekFrom;
 use super::atomic::DraftFile;
 use super::dir::Dir;
 use crate::error::{Context, Error, ErrorKind, Result};
-use crate::storage::Storage;
+use crate::storage::{HostSpace, Storage};
 
 /// Bytes written and punched: at least two blocks of any filesystem.
 const PROBE_BYTES: u64 = 128 << 10;
@@ -81,10 +82,15 @@ pub(super) fn is_memory(dir: &Dir) -> bool {
     ["tmpfs", "ramfs"].contains(&name(dir).as_str())
 }
 
-/// Bytes that the host filesystem has free for us, where it says so.
-pub(super) fn free_bytes(dir: &Dir) -> Option<u64> {
-    let statvfs = rustix::fs::fstatvfs(dir).ok()?;
-    statvfs.f_bavail.checked_mul(statvfs.f_frsize)
+/// The space of the filesystem that an open folder is on. Where a quota of the folder's project holds, filesystems answer
+/// with that. One that does not say how large it is (ramfs, say) counts as endless.
+pub(super) fn space(dir: &impl AsFd) -> Result<HostSpace> {
+    let stat = rustix::fs::fstatvfs(dir).context(|| "look at the space of the host filesystem")?;
+    if stat.f_blocks == 0 {
+        return Ok(HostSpace { total: u64::MAX, free: u64::MAX, available: u64::MAX });
+    }
+    let bytes = |blocks: u64| blocks.saturating_mul(stat.f_frsize);
+    Ok(HostSpace { total: bytes(stat.f_blocks), free: bytes(stat.f_bfree), available: bytes(stat.f_bavail) })
 }
 
 #[cfg(test)]

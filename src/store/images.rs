@@ -14,7 +14,7 @@ use super::record::{self, BootFileId, RECORD_BYTES_MAX};
 use super::references::{Except, User, list_names};
 use super::source::{Accept, Source};
 use super::timestamp::Timestamp;
-use super::{Store, convert, copy, host_fs, layout};
+use super::{Store, convert, copy, layout};
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::format::BaseId;
 use crate::storage::Storage;
@@ -96,11 +96,11 @@ impl Store {
         progress: &dyn Progress,
     ) -> Result<Image> {
         self.import(name, request, progress).context(|| format!("import image {name}")).map_err(
-            |error| match (error.kind(), host_fs::free_bytes(&self.root)) {
-                (ErrorKind::NoSpace, Some(free)) => error.with_hint(format!(
-                    "the filesystem of {} has {} free now that the import is undone",
+            |error| match (error.kind(), self.space()) {
+                (ErrorKind::NoSpace, Ok(now)) if error.hint().is_none() => error.with_hint(format!(
+                    "the filesystem of {} has {} free for it now that the import is undone: cowdisk df",
                     self.path.display(),
-                    HumanBytes(free)
+                    HumanBytes(now.left())
                 )),
                 _ => error,
             },
@@ -117,7 +117,7 @@ impl Store {
             request.ramdisk.as_deref().map(|path| self.draft_boot_file(path, progress)).transpose()?;
 
         let draft = BaseDraft::new(&self.tmp)?;
-        let (base, size) = read_source(&source, format, &draft, progress)?;
+        let (base, size) = self.read_source(&source, format, &draft, progress)?;
         source.check_unchanged()?;
         draft.seal()?;
         let image = Image {
@@ -132,6 +132,39 @@ impl Store {
         };
         self.publish_image(&image, draft, [kernel, ramdisk])?;
         Ok(image)
+    }
+
+    /// Fills the draft from the source; returns the content's identity and the bytes of the disk.
+    fn read_source(
+        &self,
+        source: &Source,
+        format: SourceFormat,
+        draft: &BaseDraft<'_>,
+        progress: &dyn Progress,
+    ) -> Result<(BaseId, u64)> {
+        if format != SourceFormat::Raw {
+            let size = convert::convert(source, format, draft, self.room()?, progress)?;
+            let work = Work::begin(progress, "hash", Some(size));
+            let hash = copy::hash_and_punch(draft.file(), size, &work)?;
+            return Ok((BaseId(hash), size));
+        }
+        let size = source.len().next_multiple_of(SECTOR_BYTES);
+        if !source.is_device() && draft.file().clone_contents(source.file()) {
+            let work = Work::begin(progress, "hash", Some(size));
+            draft.file().set_len(size)?;
+            let hash = copy::hash_and_punch(draft.file(), size, &work);
+            return Ok((BaseId(hash.context(|| source.shown())?), size));
+        }
+        if let Some(bytes) = source.allocated() {
+            self.check_room("the copy", bytes).map_err(|error| {
+                error.with_hint(
+                    "if the file holds many zeroes, make holes of them: fallocate --dig-holes FILE",
+                )
+            })?;
+        }
+        let work = Work::begin(progress, "copy", Some(size));
+        let hash = copy::copy_and_hash(source.file(), source.len(), draft.file(), size, self.room()?, &work);
+        Ok((BaseId(hash.context(|| source.shown())?), size))
     }
 
     /// Gives an image and all that it refers to their places.
@@ -242,30 +275,6 @@ impl Store {
         }
         Ok(())
     }
-}
-
-/// Fills the draft from the source; returns the content's identity and the bytes of the disk.
-fn read_source(
-    source: &Source,
-    format: SourceFormat,
-    draft: &BaseDraft<'_>,
-    progress: &dyn Progress,
-) -> Result<(BaseId, u64)> {
-    if format != SourceFormat::Raw {
-        let size = convert::convert(source, format, draft, progress)?;
-        let work = Work::begin(progress, "hash", Some(size));
-        let hash = copy::hash_and_punch(draft.file(), size, &work)?;
-        return Ok((BaseId(hash), size));
-    }
-    let size = source.len().next_multiple_of(SECTOR_BYTES);
-    let work = Work::begin(progress, "copy", Some(size));
-    let hash = if !source.is_device() && draft.file().clone_contents(source.file()) {
-        draft.file().set_len(size)?;
-        copy::hash_and_punch(draft.file(), size, &work)
-    } else {
-        copy::copy_and_hash(source.file(), source.len(), draft.file(), size, &work)
-    };
-    Ok((BaseId(hash.context(|| source.shown())?), size))
 }
 
 /// Collects what is there, passing over what was removed between listing and reading.

@@ -32,6 +32,10 @@ use crate::units::{BLOCK_BYTES_MIN, Geometry, HumanBytes, check_block_bytes, che
 const CLOSING: Duration = Duration::from_secs(2);
 const CLOSING_PAUSE: Duration = Duration::from_millis(10);
 
+/// Bytes that a new instance of overlays takes at most: a record, and per disk a superblock and what the host's filesystem
+/// needs to find it.
+const OVERLAYS_BYTES: u64 = 64 << 10;
+
 /// An instance of the store.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Instance {
@@ -206,6 +210,7 @@ impl Store {
     ) -> Result<Instance> {
         let lock = self.lock()?;
         let instance = self.plan(name, spec)?;
+        self.check_room("a new instance", OVERLAYS_BYTES)?;
         let draft = DraftDir::new(&self.tmp, "instance")?;
         for (disk, made) in instance.disks() {
             check_cancelled(progress)?;
@@ -282,8 +287,9 @@ impl Store {
             let base = self.open_base(&id)?;
             if !file.clone_contents(&base) {
                 let size = base.metadata().context(|| "base")?.len();
+                self.check_room("a full copy", self.base_usage(&id)?.1)?;
                 let work = Work::begin(progress, &format!("copy {disk}"), Some(size));
-                copy::copy(&base, size, &file, &work)?;
+                copy::copy(&base, size, &file, self.room()?, &work)?;
             }
         }
         file.set_len(made.size)?;

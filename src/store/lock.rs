@@ -20,6 +20,7 @@ use super::atomic;
 use super::dir::{Access, Dir};
 use super::layout;
 use super::record;
+use super::space::SpacePolicy;
 use super::timestamp::Timestamp;
 use crate::error::{Context, Error, ErrorKind, Result};
 
@@ -81,6 +82,8 @@ pub struct ServerInfo {
     pub mountpoint: PathBuf,
     /// When it began to serve; `None` while it is only starting.
     pub started: Option<Timestamp>,
+    /// What it was told about the host's space, if it says.
+    pub space_policy: Option<SpacePolicy>,
 }
 
 #[derive(Serialize, Deserialize)]
@@ -89,6 +92,11 @@ struct ServerRecord {
     pid: u32,
     mountpoint: String,
     started: Timestamp,
+    /// Bytes kept free; absent for the default.
+    #[serde(default)]
+    reserve: Option<u64>,
+    #[serde(default)]
+    high_water_percent: Option<u8>,
 }
 
 /// The right to serve the store, held until dropped.
@@ -98,7 +106,7 @@ pub struct ServeLock {
 }
 
 impl ServeLock {
-    pub(super) fn take(root: &Dir, mountpoint: &Path) -> Result<Self> {
+    pub(super) fn take(root: &Dir, mountpoint: &Path, space: SpacePolicy) -> Result<Self> {
         let file = root.open_lock_file(layout::DAEMON_LOCK)?;
         let shown = || format!("lock {}", root.path_of(layout::DAEMON_LOCK).display());
         let mut attempts = 1;
@@ -116,6 +124,8 @@ impl ServeLock {
             pid: std::process::id(),
             mountpoint: mountpoint.to_owned(),
             started: Timestamp::now(),
+            reserve: space.reserve,
+            high_water_percent: Some(space.high_water_percent),
         };
         write_contents(&file, &record::encode(&contents)?)?;
         Ok(Self { file })
@@ -161,10 +171,12 @@ pub(super) fn serving(root: &Dir) -> Result<Option<ServerInfo>> {
 /// What the lock file says; a daemon that is only starting has not written it yet.
 fn read_server(root: &Dir) -> ServerInfo {
     match record::read::<ServerRecord>(root, layout::DAEMON_LOCK, record::RECORD_BYTES_MAX) {
-        Ok(ServerRecord { pid, mountpoint, started }) => {
-            ServerInfo { pid, mountpoint: mountpoint.into(), started: Some(started) }
+        Ok(ServerRecord { pid, mountpoint, started, reserve, high_water_percent }) => {
+            let space_policy =
+                high_water_percent.map(|percent| SpacePolicy { reserve, high_water_percent: percent });
+            ServerInfo { pid, mountpoint: mountpoint.into(), started: Some(started), space_policy }
         }
-        Err(_) => ServerInfo { pid: 0, mountpoint: PathBuf::new(), started: None },
+        Err(_) => ServerInfo { pid: 0, mountpoint: PathBuf::new(), started: None, space_policy: None },
     }
 }
 
@@ -177,16 +189,18 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let root = Dir::open_path(folder.path()).unwrap();
         assert_eq!(serving(&root).unwrap(), None);
-        let lock = ServeLock::take(&root, Path::new("/mnt/vm")).unwrap();
+        let policy = SpacePolicy { reserve: Some(7), high_water_percent: 80 };
+        let lock = ServeLock::take(&root, Path::new("/mnt/vm"), policy).unwrap();
         let info = serving(&root).unwrap().unwrap();
         assert_eq!((info.pid, info.mountpoint.as_path()), (std::process::id(), Path::new("/mnt/vm")));
-        let error = ServeLock::take(&root, Path::new("/mnt/other")).unwrap_err();
+        assert_eq!(info.space_policy, Some(policy));
+        let error = ServeLock::take(&root, Path::new("/mnt/other"), policy).unwrap_err();
         assert_eq!(error.kind(), ErrorKind::Busy);
         let text = error.to_string();
         assert!(text.contains(&std::process::id().to_string()) && text.contains("/mnt/vm"), "{text}");
         drop(lock);
         assert_eq!(serving(&root).unwrap(), None);
-        ServeLock::take(&root, Path::new("/mnt/other")).unwrap();
+        ServeLock::take(&root, Path::new("/mnt/other"), policy).unwrap();
     }
 
     #[test]

@@ -33,12 +33,13 @@ mod record;
 mod references;
 mod run_dir;
 mod source;
+mod space;
 mod superblock;
 mod timestamp;
 mod tool;
 
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 pub use attrs::{Attributes, FileRef, XATTR_NAME_BYTES_MAX, XATTR_VALUE_BYTES_MAX, XATTRS_MAX};
 pub use disk::{Disk, DiskExtent, DiskExtentKind, DiskMap, DiskStatus};
@@ -51,13 +52,14 @@ pub use names::{DiskName, NAME_RULE, ObjectName};
 pub use plain::PlainDisk;
 pub use progress::{NoProgress, Progress};
 pub use record::BootFileId;
+pub use space::{HIGH_WATER_PERCENT, HighWater, SpaceNow, SpacePolicy, WaterMove};
 pub use timestamp::Timestamp;
 
 use dir::Dir;
 use lock::StoreLock;
 
 use crate::error::{Context, Error, ErrorKind, Result};
-use crate::storage::{Host, RealHost};
+use crate::storage::{Host, RealHost, Room};
 
 /// An open store. Cheap to open; may be shared by threads.
 #[derive(Debug)]
@@ -66,6 +68,9 @@ pub struct Store {
     uuid: String,
     run_dir_wanted: Option<PathBuf>,
     accept_loss: bool,
+    space_policy: Option<SpacePolicy>,
+    /// Made when it is first needed.
+    room: OnceLock<Arc<Room>>,
     root: Dir,
     bases: Dir,
     boot: Dir,
@@ -131,6 +136,8 @@ impl Store {
             uuid,
             run_dir_wanted: None,
             accept_loss: false,
+            space_policy: None,
+            room: OnceLock::new(),
             bases: open(layout::BASES)?,
             boot: open(layout::BOOT)?,
             images: open(layout::IMAGES)?,
@@ -177,7 +184,7 @@ impl Store {
     /// # Errors
     /// [`ErrorKind::Busy`], naming process and mountpoint, if another daemon serves it.
     pub fn serve_lock(&self, mountpoint: &Path) -> Result<ServeLock> {
-        ServeLock::take(&self.root, mountpoint)
+        ServeLock::take(&self.root, mountpoint, self.space_policy())
     }
 
     /// The daemon that serves the store now, if one does.

@@ -1,12 +1,16 @@
 //! A disk that is one file: an instance made without copy-on-write.
 
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use parking_lot::Mutex;
 
 use crate::error::{Context, Error, ErrorKind, Result};
-use crate::storage::{Latch, LatchedStorage, Storage};
+use crate::storage::{Latch, LatchedStorage, Room, Storage, Taken};
 use crate::units::check_disk_bytes;
+
+/// Bytes that a host filesystem gives to a file at least.
+const HOST_BLOCK_BYTES: u64 = 4096;
 
 /// A raw file, open for service. All methods may be called by several threads, and promise what those of
 /// [`crate::overlay::Overlay`] do.
@@ -18,6 +22,8 @@ pub struct PlainDisk {
     /// Bytes now; changed only with `growing` held.
     size: AtomicU64,
     growing: Mutex<()>,
+    /// Writes take from it, for the file alone knows where it has space already.
+    room: Arc<Room>,
 }
 
 impl PlainDisk {
@@ -40,7 +46,14 @@ impl PlainDisk {
             latch,
             size: AtomicU64::new(size),
             growing: Mutex::new(()),
+            room: Arc::new(Room::unlimited()),
         })
+    }
+
+    /// Has writes take from `room`; without that the host's disk alone is the limit.
+    #[must_use]
+    pub fn within(self, room: Arc<Room>) -> Self {
+        Self { room, ..self }
     }
 
     /// Bytes of the disk now.
@@ -71,7 +84,10 @@ impl PlainDisk {
     /// [`ErrorKind::OutOfRange`] beyond the end (nothing is written then); [`ErrorKind::NoSpace`]; [`ErrorKind::Io`]
     /// if the host's disk fails, or has failed to sync.
     pub fn write_at(&self, offset: u64, buf: &[u8]) -> Result<()> {
-        self.check_range(offset, buf.len() as u64)?;
+        let len = buf.len() as u64;
+        self.latch.check()?;
+        self.check_range(offset, len)?;
+        let _taken = self.take_room(offset, len)?;
         self.storage.write_at(offset, buf)
     }
 
@@ -92,6 +108,7 @@ impl PlainDisk {
     pub fn preallocate(&self, offset: u64, len: u64) -> Result<()> {
         self.latch.check()?;
         self.check_range(offset, len)?;
+        let _taken = self.take_room(offset, len)?;
         self.storage.allocate(offset, len)
     }
 
@@ -145,6 +162,14 @@ impl PlainDisk {
             return Ok(offset);
         }
         self.storage.next_hole(offset)
+    }
+
+    /// Room for a write, in blocks of the usual host filesystems.
+    fn take_room(&self, offset: u64, len: u64) -> Result<Taken<'_>> {
+        let start = offset - offset % HOST_BLOCK_BYTES;
+        let end = (offset + len).next_multiple_of(HOST_BLOCK_BYTES);
+        let taken = self.room.take_for(&self.storage, start, end - start);
+        taken.context(|| format!("write at {offset} of disk {}", self.name))
     }
 
     fn check_range(&self, offset: u64, len: u64) -> Result<()> {

@@ -73,6 +73,12 @@ impl Source {
         self.len
     }
 
+    /// Bytes that are not holes; `None` for a device, which has none.
+    pub(super) fn allocated(&self) -> Option<u64> {
+        let blocks = self.stat.st_blocks.cast_unsigned();
+        (!self.is_device).then(|| (blocks * 512).min(self.len))
+    }
+
     pub(super) fn is_device(&self) -> bool {
         self.is_device
     }

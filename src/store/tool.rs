@@ -19,6 +19,7 @@ use rustix::process::{Pid, Resource, Signal, getrlimit};
 use super::dir::Dir;
 use super::progress::{Progress, check_cancelled};
 use crate::error::{Context, Error, ErrorKind, Result};
+use crate::storage::Room;
 
 /// Where programs are looked for besides `PATH`: an unprivileged user's often lacks the first two.
 const USUAL_FOLDERS: &str = "/usr/sbin:/sbin:/usr/bin:/bin";
@@ -54,12 +55,17 @@ pub(super) struct Tool<'a> {
 }
 
 impl Tool<'_> {
-    /// Runs the program to its end. Each piece of its output is handed to `output`.
+    /// Runs the program to its end, unless what it writes uses up `room`. Each piece of its output is handed to `output`.
     ///
     /// # Errors
     /// [`ErrorKind::Unsupported`] if the program is not there, naming its package; [`ErrorKind::Interrupted`] if the
-    /// user cancels (the program is then dead); [`ErrorKind::Io`] with its own words if it fails.
-    pub(super) fn run(&self, progress: &dyn Progress, mut output: impl FnMut(&[u8]) + Send) -> Result<()> {
+    /// user cancels (the program is then dead); [`ErrorKind::NoSpace`]; [`ErrorKind::Io`] with its own words if it fails.
+    pub(super) fn run(
+        &self,
+        room: &Room,
+        progress: &dyn Progress,
+        mut output: impl FnMut(&[u8]) + Send,
+    ) -> Result<()> {
         let mut command = self.command()?;
         let mut child = Running(command.spawn().context(|| format!("run {}", self.program))?);
         let (stdout, stderr) = (child.0.stdout.take(), child.0.stderr.take());
@@ -77,7 +83,7 @@ impl Tool<'_> {
                 }
                 kept
             });
-            let ended = self.wait(&mut child.0, started, progress);
+            let ended = self.wait(&mut child.0, started, room, progress);
             if ended.is_err() {
                 // The pipes end with the program, and the threads with the pipes.
                 child.kill();
@@ -137,13 +143,22 @@ impl Tool<'_> {
         Ok(command)
     }
 
-    fn wait(&self, child: &mut Child, started: Instant, progress: &dyn Progress) -> Result<ExitStatus> {
+    fn wait(
+        &self,
+        child: &mut Child,
+        started: Instant,
+        room: &Room,
+        progress: &dyn Progress,
+    ) -> Result<ExitStatus> {
         let mut pause = PAUSE_MIN;
         loop {
             if let Some(status) = child.try_wait().context(|| format!("wait for {}", self.program))? {
                 return Ok(status);
             }
             check_cancelled(progress)?;
+            // It writes without asking, but the filesystem counts what it takes.
+            room.look()?;
+            let _taken = room.take(1).context(|| self.program)?;
             if started.elapsed() > self.limits.wall {
                 return Err(self.exceeded("time", format!("{} s", self.limits.wall.as_secs())));
             }
@@ -252,7 +267,7 @@ mod tests {
             limits,
         };
         let mut said = Vec::new();
-        let result = tool.run(progress, |bytes| said.extend_from_slice(bytes));
+        let result = tool.run(&Room::unlimited(), progress, |bytes| said.extend_from_slice(bytes));
         (result, String::from_utf8(said).unwrap())
     }
 
@@ -315,7 +330,7 @@ mod tests {
             input: None,
             limits: LIMITS,
         };
-        let error = tool.run(&NoProgress, |_| {}).unwrap_err();
+        let error = tool.run(&Room::unlimited(), &NoProgress, |_| {}).unwrap_err();
         assert_eq!(error.kind(), ErrorKind::Unsupported);
         assert!(error.hint().unwrap().contains("neverprogs"));
     }

@@ -156,6 +156,43 @@ fn a_guest_finds_again_what_it_had_synced_when_its_plug_was_pulled() {
     assert_same(&place.base_image(), &place.source_image());
 }
 
+#[test]
+fn a_guest_finds_again_what_it_had_written_when_the_daemon_was_killed_under_it() {
+    let place = Place::new();
+    for (instance, arguments) in
+        [("overlay", &["--flavor", "ext4"][..]), ("full", &["--flavor", "ext4", "--no-cow"])]
+    {
+        place.create(instance, arguments);
+    }
+    let writes: Vec<_> = (0..100).map(|number| format!("write=file-{number}:4")).collect();
+    let guests = ["overlay", "full"].map(|instance| (instance, place.start(instance, &writes.join(","))));
+    for (_, guest) in &guests {
+        guest.wait_for("cowdisk-guest: wrote /mnt/local/var/lib/cowdisk-guest/file-2 ");
+    }
+    place.kill_daemon();
+    let mut written = Vec::new();
+    for (instance, guest) in guests {
+        let console = guest.wait_until_stopped();
+        let reported = |folder: &str| console.matches(&format!("cowdisk-guest: wrote {folder}")).count();
+        written.push((instance, reported("/var/"), reported("/mnt/local/var/")));
+        guest.pull_the_plug();
+    }
+
+    place.mount();
+    let guests = ["overlay", "full"].map(|instance| place.start(instance, "verify"));
+    for ((instance, on_root, on_local), guest) in written.into_iter().zip(guests) {
+        let console = guest.wait_until_off();
+        assert_eq!(console.matches("cowdisk-guest: verified").count(), 2, "{console}");
+        for (disk, count) in [("disk", on_root), ("disk.local", on_local)] {
+            assert!(count >= 3, "{instance}/{disk}: only {count} files were written");
+            for number in 0..count {
+                assert_holds(&place.disk(instance, disk), &format!("file-{number}"), 4 * MIB);
+            }
+            assert_clean_ext4(&place.disk(instance, disk));
+        }
+    }
+}
+
 fn chown(file: &Path, (user, group, mode): (u32, u32, u32)) {
     std::os::unix::fs::chown(file, Some(user), Some(group)).unwrap();
     std::fs::set_permissions(file, Permissions::from_mode(mode)).unwrap();

@@ -95,10 +95,15 @@ const FSX: &str = "
     fdatasync = 0.1
 ";
 
+/// `COWDISK_FSX_OPERATIONS` makes it longer, and `COWDISK_SEED` another.
 #[test]
 fn fsx_finds_no_wrong_byte_in_100_000_operations() {
+    let number = |variable: &str, default| match std::env::var(variable) {
+        Ok(text) => text.parse().unwrap_or_else(|error| panic!("{variable}={text}: {error}")),
+        Err(_) => default,
+    };
     let mount = TestMount::with_options("flush=1");
-    fsx(&mount, &mount.local(), 1, 100_000, FSX);
+    fsx(&mount, &mount.local(), number("COWDISK_SEED", 1), number("COWDISK_FSX_OPERATIONS", 100_000), FSX);
 }
 
 #[test]
@@ -172,6 +177,37 @@ fn fio_verifies_buffered_and_mapped_writes() {
     fio(&mount.disk(), &["--ioengine=mmap", "--rw=randwrite", "--bs=4k", "--size=8M"]);
     fio(&mount.local(), &["--ioengine=psync", "--rw=write", "--bs=1M", "--size=16M", "--fsync=4"]);
     fio(&mount.local(), &["--ioengine=psync", "--rw=randwrite", "--bs=4k", "--size=2M", "--sync=dsync"]);
+}
+
+#[test]
+fn fio_verifies_every_engine_unaligned_and_synced_now_and_then() {
+    let mount = TestMount::with_options("flush=1");
+    for engine in ["sync", "pvsync2", "posixaio", "libaio", "io_uring"] {
+        let engine = format!("--ioengine={engine}");
+        let common = [engine.as_str(), "--iodepth=8", "--rw=randwrite", "--serialize_overlap=1"];
+        let unaligned = ["--bsrange=512-20k", "--bs_unaligned", "--fdatasync=7", "--size=3M"];
+        fio(&mount.disk(), &[&common[..], &unaligned].concat());
+        let sectors = ["--bs=512", "--direct=1", "--fsync=50", "--size=512k"];
+        fio(&mount.disk(), &[&common[..], &sectors].concat());
+        let mixed = ["--bssplit=4k/40:16k/30:64k/30", "--blockalign=4k", "--fdatasync=20", "--size=8M"];
+        fio(&mount.local(), &[&common[..], &mixed].concat());
+    }
+}
+
+/// fio trims devices only, so this goes through a loop device. (Its `trim_percentage` fails an assertion of its own and
+/// still exits with 0.)
+#[test]
+fn fio_verifies_writes_to_what_it_has_trimmed() {
+    let mount = TestMount::new();
+    let local = mount.local();
+    open(&local).write_all_at(&vec![0x5a; 16 * MIB as usize], 0).unwrap();
+    let device = Loop::over(&local);
+    for pattern in ["--rw=trimwrite", "--rw=randtrimwrite"] {
+        let trims = [pattern, "--ioengine=libaio", "--direct=1", "--iodepth=8", "--size=16M"];
+        fio(Path::new(&device.0), &[&trims[..], &["--bssplit=4k/50:16k/50", "--blockalign=4k"]].concat());
+    }
+    drop(device);
+    assert!(mount.log().contains("FALLOCATE"), "nothing was trimmed");
 }
 
 #[test]

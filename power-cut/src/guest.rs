@@ -12,7 +12,7 @@ use rustix::mount::MountFlags;
 use rustix::system::RebootCommand;
 
 use crate::aligned::Aligned;
-use crate::plan::{self, STREAMS, Span, Step, Way};
+use crate::plan::{self, STREAMS, Step, Way};
 use crate::sector::{Label, SECTOR_BYTES};
 use crate::store_plan::{KEEPER, SHORT_LIVED, StoreStep, store_steps};
 use crate::{Doing, FS_BYTES, Result};
@@ -179,7 +179,7 @@ fn run_stream(order: &Order, marks: &Marks, stream: usize) -> Result<()> {
                     Way::Through if order.honest => &through,
                     Way::Buffered | Way::Through => &buffered,
                 };
-                let data = content(order.seed, stream, index, span);
+                let data = plan::content(order.seed, stream, index, span);
                 file.write_all_at(&data, span.start * 512).doing(failed())?;
             }
             Step::Discard(span) => {
@@ -196,15 +196,6 @@ fn run_stream(order: &Order, marks: &Marks, stream: usize) -> Result<()> {
         }
     }
     Ok(())
-}
-
-fn content(seed: u64, stream: usize, step: usize, span: Span) -> Aligned {
-    let sectors = usize::try_from(span.end - span.start).unwrap_or(0);
-    let mut data = Aligned::new(sectors * SECTOR_BYTES);
-    for (place, sector) in data.chunks_exact_mut(SECTOR_BYTES).zip(span.start..) {
-        place.copy_from_slice(&plan::written(seed, stream, step, sector));
-    }
-    data
 }
 
 fn change_store(order: &Order, step: &StoreStep) -> Result<()> {

@@ -3,8 +3,9 @@
 //! A stream is one thread that works on one disk. It alone writes its sectors, so the order of its steps is the order of
 //! what happens to them. Blocks are shared: at the end of each disk sectors of all its streams take turns.
 
+use crate::aligned::Aligned;
 use crate::random::Random;
-use crate::sector::Label;
+use crate::sector::{Label, SECTOR_BYTES};
 
 /// Sectors of each disk when it is made.
 pub const DISK_SECTORS: u64 = (24 << 20) / 512;
@@ -208,6 +209,16 @@ impl Content {
 pub fn written(seed: u64, stream: usize, step: usize, sector: u64) -> [u8; 512] {
     let writer = (stream as u64) << 32 | step as u64;
     Label { seed, disk: STREAMS[stream].number(), sector, writer }.bytes()
+}
+
+/// All that a step writes.
+pub fn content(seed: u64, stream: usize, step: usize, span: Span) -> Aligned {
+    let sectors = usize::try_from(span.end - span.start).unwrap_or(0);
+    let mut data = Aligned::new(sectors * SECTOR_BYTES);
+    for (place, sector) in data.chunks_exact_mut(SECTOR_BYTES).zip(span.start..) {
+        place.copy_from_slice(&written(seed, stream, step, sector));
+    }
+    data
 }
 
 /// A sector of the image; zeroes in its hole and behind its end.

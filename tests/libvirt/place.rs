@@ -97,6 +97,19 @@ impl Place {
         self.mount();
     }
 
+    /// `kill -9`; the dead mount stays.
+    pub fn kill_daemon(&self) {
+        let store = cowdisk::store::Store::open(&self.folder.join("store")).unwrap();
+        let serving = store.serving().unwrap().expect("mounted");
+        let pid = rustix::process::Pid::from_raw(serving.pid.try_into().unwrap()).unwrap();
+        rustix::process::kill_process(pid, rustix::process::Signal::KILL).unwrap();
+        let end = Instant::now() + PATIENCE;
+        while store.serving().unwrap().is_some() {
+            assert!(Instant::now() < end, "the daemon goes on after it was killed");
+            std::thread::sleep(PAUSE);
+        }
+    }
+
     /// The name of an instance, and of its domain, that nobody else has.
     pub fn name(&self, instance: &str) -> String {
         format!("{}-{instance}", self.prefix)
@@ -223,6 +236,20 @@ impl Guest<'_> {
             std::thread::sleep(PAUSE);
         }
         self.console()
+    }
+
+    /// Waits until QEMU has stopped the guest because its disks fail; returns the console.
+    pub fn wait_until_stopped(&self) -> String {
+        let end = Instant::now() + PATIENCE;
+        loop {
+            let state = virsh(&["domstate", &self.domain]);
+            assert!(state.status.success(), "{}: gone:\n{}", self.domain, self.console());
+            if state.stdout.starts_with(b"paused") {
+                return self.console();
+            }
+            assert!(Instant::now() < end, "{}: goes on without its disks:\n{}", self.domain, self.console());
+            std::thread::sleep(PAUSE);
+        }
     }
 
     /// Asks the guest to power off, and waits.

@@ -11,6 +11,8 @@
 mod bad_inputs;
 #[path = "cli/mounted.rs"]
 mod mounted;
+#[path = "cli/space.rs"]
+mod space;
 
 use std::collections::BTreeMap;
 use std::fs::{self, File};
@@ -97,7 +99,10 @@ impl Place {
     fn works(&self, arguments: &[&str]) -> String {
         let output = self.run(arguments);
         assert!(output.status.success(), "cowdisk {arguments:?}: {}", text(&output.stderr));
-        assert_eq!(text(&output.stderr), "", "cowdisk {arguments:?}: nothing on stderr");
+        let said = text(&output.stderr);
+        // The file system that the tests run on may itself be nearly full.
+        let said: Vec<_> = said.lines().filter(|line| !line.starts_with(space::NEARLY_FULL)).collect();
+        assert!(said.is_empty(), "cowdisk {arguments:?}: nothing on stderr, but {said:?}");
         text(&output.stdout)
     }
 

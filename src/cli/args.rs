@@ -61,6 +61,10 @@ pub enum Command {
         #[arg(value_name = "MNT")]
         mountpoint: PathBuf,
     },
+    /// Show what the store takes of the host's file system, what is left, and what is promised to disks
+    ///
+    /// What each instance takes is a column of: cowdisk instance list
+    Df(Form),
     /// Show which parts of a disk are its own and which are its base's
     Map(MapArgs),
     /// Run instances as libvirt guests

@@ -4,6 +4,7 @@ use serde::Serialize;
 
 use super::Session;
 use super::args::{CreateArgs, Form, InstanceCommand};
+use super::df::warn_if_high;
 use super::images::sized;
 use crate::error::Result;
 use crate::store::{Instance, InstanceSpec, ObjectName, Store};
@@ -55,6 +56,7 @@ fn create(session: &mut Session, store: &Store, args: CreateArgs) -> Result<()> 
     let CreateArgs { name, image, flavor, root_size, local_size, block_size, no_cow } = args;
     let spec = InstanceSpec { image, flavor, root_size, local_size, block_bytes: block_size, no_cow };
     let instance = store.create_instance(&name, &spec, &session.progress()?)?;
+    warn_if_high(store);
     let disks: Vec<String> =
         instance.disks().map(|(name, disk)| format!("{name} of {}", HumanBytes(disk.size))).collect();
     session.done(&format!("instance {name}: created, {}", disks.join(", ")))

@@ -5,6 +5,7 @@
 //! is wrong in itself ([`ErrorKind::Invalid`]). An operation that is interrupted by a signal has failed: 1.
 
 mod args;
+mod df;
 mod images;
 mod instances;
 mod libvirt;
@@ -93,6 +94,7 @@ fn run(cli: Cli) -> Result<()> {
         Command::Instance(command) => instances::run(&mut session, command),
         Command::Mount(args) => mount::mount(&session, &args),
         Command::Umount { mountpoint } => mount::unmount(&mountpoint),
+        Command::Df(form) => df::run(&mut session, form),
         Command::Map(args) => map::run(&mut session, &args),
         Command::Libvirt(args) => libvirt::run(&mut session, args),
         Command::Completions { shell } => completions(&mut session, shell),

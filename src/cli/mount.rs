@@ -4,6 +4,7 @@ use std::path::Path;
 
 use super::Session;
 use super::args::MountArgs;
+use super::df::warn_if_high;
 use crate::daemon::{self, MountOptions};
 use crate::error::{Context as _, Error, ErrorKind, Result};
 use crate::store::Store;
@@ -19,7 +20,9 @@ pub(super) fn mount(session: &Session, args: &MountArgs) -> Result<()> {
     } else if args.foreground {
         daemon::run(&session.store, &args.mountpoint, &options, || {})
     } else {
-        daemon::spawn(&session.store, &args.mountpoint, &options)
+        daemon::spawn(&session.store, &args.mountpoint, &options)?;
+        warn_if_high(&store.with_space_policy(options.space));
+        Ok(())
     }
 }
 

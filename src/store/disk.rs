@@ -284,7 +284,12 @@ impl Store {
         self.disk_status_in(&self.instance_dir_of(instance, id)?, instance, disk)
     }
 
-    fn disk_status_in(&self, folder: &Dir, instance: &ObjectName, disk: DiskName) -> Result<DiskStatus> {
+    pub(super) fn disk_status_in(
+        &self,
+        folder: &Dir,
+        instance: &ObjectName,
+        disk: DiskName,
+    ) -> Result<DiskStatus> {
         let shown = || format!("look up {instance}/{disk}");
         let times = |file: &File| -> Result<(SystemTime, SystemTime, u64, u64)> {
             let metadata = file.metadata().context(shown)?;

@@ -37,6 +37,7 @@ mod space;
 mod superblock;
 mod timestamp;
 mod tool;
+mod usage;
 
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, OnceLock};
@@ -54,6 +55,7 @@ pub use progress::{NoProgress, Progress};
 pub use record::BootFileId;
 pub use space::{HIGH_WATER_PERCENT, HighWater, SpaceNow, SpacePolicy, WaterMove};
 pub use timestamp::Timestamp;
+pub use usage::Usage;
 
 use dir::Dir;
 use lock::StoreLock;

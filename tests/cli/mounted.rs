@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use super::{Place, text};
 
 /// A furnished place whose store is mounted on `mnt`, and unmounted when dropped.
-struct Mounted(Place);
+pub struct Mounted(pub Place);
 
 impl Mounted {
     fn new() -> Self {
@@ -17,7 +17,7 @@ impl Mounted {
         Self(place)
     }
 
-    fn umount(&self) {
+    pub fn umount(&self) {
         assert_eq!(self.0.works(&["umount", &self.0.path("mnt")]), "");
     }
 
@@ -40,7 +40,7 @@ impl Drop for Mounted {
 }
 
 /// Whether a mounted disk could be opened here; without the right to mount there is nothing to test.
-fn may_mount() -> bool {
+pub fn may_mount() -> bool {
     let may = rustix::process::geteuid().is_root() && fs::metadata("/dev/fuse").is_ok();
     if !may {
         eprintln!("skipped: mounting needs root and /dev/fuse");

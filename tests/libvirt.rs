@@ -11,8 +11,8 @@ mod outside;
 #[path = "libvirt/place.rs"]
 mod place;
 
-use std::fs::Permissions;
-use std::os::unix::fs::PermissionsExt;
+use std::fs::{File, Permissions};
+use std::os::unix::fs::{FileExt, PermissionsExt};
 use std::path::Path;
 
 use outside::{
@@ -191,6 +191,53 @@ fn a_guest_finds_again_what_it_had_written_when_the_daemon_was_killed_under_it()
             assert_clean_ext4(&place.disk(instance, disk));
         }
     }
+}
+
+/// The host's filesystem fills up under a guest: QEMU stops it, others go on, and once there is room it goes on, too.
+#[test]
+fn a_guest_on_a_full_host_waits_and_goes_on_when_there_is_room_again() {
+    let place = Place::on_small_host(60 * MIB, |place| {
+        place.create("writer", &["--flavor", "ext4"]);
+        for (instance, mib) in [("other", 1), ("large", 192)] {
+            place.create(instance, &["--local-size", "256M"]);
+            let disk = open(&place.disk(instance, "disk.local"));
+            disk.write_all_at(&vec![1; mib * MIB as usize], 0).unwrap();
+            disk.sync_all().unwrap();
+        }
+    });
+    // 128 MiB on both disks, twice of what is left.
+    let guest = place.start("writer", "write=alpha:4,fill=64,write=beta:4,verify");
+    guest.wait_until_paused();
+
+    let other = open(&place.disk("other", "disk.local"));
+    other.write_all_at(&[2; 65536], 0).unwrap();
+    other.sync_all().unwrap();
+    let refused = other.write_all_at(&[3; 65536 * 64], 64 * MIB).unwrap_err();
+    assert_eq!(refused.raw_os_error(), Some(28), "{refused}");
+    let mut seen = [0; 65536];
+    other.read_exact_at(&mut seen, 0).unwrap();
+    assert!(seen.iter().all(|byte| *byte == 2));
+    drop(other);
+    let said = place.cowdisk(&["df"]);
+    assert!(said.contains("nearly full"), "{said}");
+
+    place.cowdisk(&["instance", "remove", &place.name("large")]);
+    guest.resume();
+    let console = guest.wait_until_off();
+    assert_eq!(console.matches("cowdisk-guest: verified").count(), 2, "{console}");
+    place.remount();
+    for disk in ["disk", "disk.local"] {
+        let file = place.disk("writer", disk);
+        assert_clean_ext4(&file);
+        for (name, mib) in [("alpha", 4), ("big", 64), ("beta", 4)] {
+            assert_holds(&file, name, mib * MIB);
+        }
+    }
+    assert_same(&place.base_image(), &place.source_image());
+}
+
+fn open(disk: &Path) -> File {
+    File::options().read(true).write(true).open(disk).unwrap()
 }
 
 fn chown(file: &Path, (user, group, mode): (u32, u32, u32)) {

@@ -18,6 +18,12 @@ const PAUSE: Duration = Duration::from_millis(100);
 
 const URI: &str = "qemu:///system";
 
+/// Bytes of the filesystem of [`Place::on_small_host`]: sparse, and enough for the image twice.
+const SMALL_HOST_BYTES: u64 = 2 << 30;
+
+/// What is kept of it.
+const SMALL_HOST_RESERVE: u64 = 16 << 20;
+
 /// Ends what a test has started and removes what it has made, once its standard input ends: with the test, however that
 /// ends. Its process group is its own, so that what kills a test does not kill it, and it keeps libvirt there meanwhile.
 const JANITOR: &str = r#"
@@ -28,6 +34,9 @@ for domain in $(virsh -q list --name | grep "^$domains-"); do
 done
 if grep -qF " $folder/mnt " /proc/self/mountinfo; then
     timeout 60 "$cowdisk" umount "$folder/mnt" || { result=1; umount --lazy "$folder/mnt"; }
+fi
+if grep -qF " $folder/store " /proc/self/mountinfo; then
+    umount "$folder/store" || { result=1; umount --lazy "$folder/store"; }
 fi
 rm -rf --one-file-system "$folder" "$run" || result=1
 exit $result
@@ -49,6 +58,33 @@ pub struct Place {
 impl Place {
     /// A mounted store that holds the image and three flavors: `ext4` of 1 GiB, `xfs` of 1 GiB, and `swap` of 64 MiB.
     pub fn new() -> Self {
+        let place = Self::unfurnished();
+        place.furnish();
+        place.mount();
+        place
+    }
+
+    /// The same, with its store on an ext4 of its own that has `left` bytes left to fill, with what is made by `furnish`
+    /// besides the rest already in it.
+    pub fn on_small_host(left: u64, furnish: impl FnOnce(&Self)) -> Self {
+        let place = Self::unfurnished();
+        let (device, store) = (place.folder.join("host"), place.store());
+        File::create(&device).unwrap().set_len(SMALL_HOST_BYTES).unwrap();
+        std::fs::create_dir(&store).unwrap();
+        tool("mkfs.ext4", &["-q", "-F", device.to_str().unwrap()]);
+        tool("mount", &["-t", "ext4", "-o", "loop", device.to_str().unwrap(), store.to_str().unwrap()]);
+        place.furnish();
+        place.mount_with(&format!("flush=1,reserve={SMALL_HOST_RESERVE}"));
+        furnish(&place);
+        let stat = rustix::fs::statvfs(&store).unwrap();
+        let ballast = File::create(store.join("lost+found/ballast")).unwrap();
+        let bytes = stat.f_bavail * stat.f_frsize - SMALL_HOST_RESERVE - left;
+        rustix::fs::fallocate(ballast, rustix::fs::FallocateFlags::empty(), 0, bytes).unwrap();
+        place
+    }
+
+    /// A folder, and whoever cleans it up.
+    fn unfurnished() -> Self {
         require();
         let source = guest_image();
         let folder = tempfile::Builder::new().prefix("cowdisk-test-").tempdir_in("/var/tmp").unwrap().keep();
@@ -69,12 +105,19 @@ impl Place {
             .unwrap();
         let place = Self { folder, run, prefix: unique, source, janitor: Some(janitor), janitor_says };
         std::fs::create_dir(place.mountpoint()).unwrap();
-        place.cowdisk(&["init"]);
-        place.import();
-        place.cowdisk(&["flavor", "add", "ext4", "--local-size", "1G"]);
-        place.cowdisk(&["flavor", "add", "xfs", "--local-size", "1G", "--fs", "xfs"]);
-        place.mount();
         place
+    }
+
+    /// Makes the store, its image and its flavors.
+    fn furnish(&self) {
+        self.cowdisk(&["init"]);
+        self.import();
+        self.cowdisk(&["flavor", "add", "ext4", "--local-size", "1G"]);
+        self.cowdisk(&["flavor", "add", "xfs", "--local-size", "1G", "--fs", "xfs"]);
+    }
+
+    fn store(&self) -> PathBuf {
+        self.folder.join("store")
     }
 
     fn import(&self) {
@@ -88,7 +131,11 @@ impl Place {
     }
 
     pub fn mount(&self) {
-        self.cowdisk(&["mount", self.mountpoint().to_str().unwrap()]);
+        self.mount_with("rw");
+    }
+
+    fn mount_with(&self, options: &str) {
+        self.cowdisk(&["mount", "-o", options, self.mountpoint().to_str().unwrap()]);
     }
 
     /// Unmounts, which takes every disk to the host's disk, and mounts anew.
@@ -133,7 +180,7 @@ impl Place {
 
     /// The store's own file with what was imported.
     pub fn base_image(&self) -> PathBuf {
-        let bases = std::fs::read_dir(self.folder.join("store/bases")).unwrap();
+        let bases = std::fs::read_dir(self.store().join("bases")).unwrap();
         let files = bases.map(|base| base.unwrap().path().join("base.raw"));
         let size = self.source_image().metadata().unwrap().size();
         let same = |file: &Path| {
@@ -146,7 +193,7 @@ impl Place {
         let mut command = Command::new(env!("CARGO_BIN_EXE_cowdisk"));
         command
             .args(arguments)
-            .env("COWDISK_STORE", self.folder.join("store"))
+            .env("COWDISK_STORE", self.store())
             .env("COWDISK_RUN_DIR", &self.run)
             .env("LIBVIRT_DEFAULT_URI", URI)
             .env_remove("VIRSH_DEFAULT_CONNECT_URI")
@@ -263,6 +310,27 @@ impl Guest<'_> {
     pub fn pull_the_plug(self) {
         self.place.cowdisk(&["libvirt", "stop", &self.domain, "--force"]);
         assert!(!self.is_running());
+    }
+
+    /// Waits until QEMU has stopped the guest because a disk failed.
+    pub fn wait_until_paused(&self) {
+        let end = Instant::now() + PATIENCE;
+        let state = || String::from_utf8(virsh(&["domstate", "--reason", &self.domain]).stdout).unwrap();
+        while state().trim() != "paused (I/O error)" {
+            assert!(
+                Instant::now() < end,
+                "{}: never paused but {}:\n{}",
+                self.domain,
+                state(),
+                self.console()
+            );
+            std::thread::sleep(PAUSE);
+        }
+    }
+
+    /// Has it go on; what failed is tried again.
+    pub fn resume(&self) {
+        succeeded("virsh resume", &virsh(&["resume", &self.domain]));
     }
 
     fn is_running(&self) -> bool {

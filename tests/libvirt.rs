@@ -201,7 +201,7 @@ fn a_guest_on_a_full_host_waits_and_goes_on_when_there_is_room_again() {
         for (instance, mib) in [("other", 1), ("large", 192)] {
             place.create(instance, &["--local-size", "256M"]);
             let disk = open(&place.disk(instance, "disk.local"));
-            disk.write_all_at(&vec![1; mib * MIB as usize], 0).unwrap();
+            disk.write_all_at(&content(instance, mib * MIB), 0).unwrap();
             disk.sync_all().unwrap();
         }
     });

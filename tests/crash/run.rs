@@ -1,0 +1,202 @@
+//! Scripts of requests, and the overlays that they run on.
+
+use std::path::Path;
+use std::sync::Arc;
+
+use cowdisk::Result;
+use cowdisk::overlay::{LayerFiles, Overlay};
+
+use crate::common::live::LiveCopy;
+use crate::common::record::{Content, Event, Log, RecordedFile, SECTOR, SharedLog, content};
+use crate::common::sim::Rng;
+use crate::disk::{Disk, filled};
+use crate::oracle::{Asked, Mark};
+use crate::{DATA, MAP};
+
+#[derive(Clone, Debug)]
+pub enum Op {
+    /// A window, a place in it and a length, in bytes.
+    Write(usize, u64, u64),
+    WriteZeroes(usize, u64, u64),
+    Discard(usize, u64, u64),
+    DiscardAll,
+    /// Half a sector into every second block of the first window, from this one on: many changes in one commit.
+    Scatter(u64),
+    Preallocate(usize, u64, u64),
+    Flush,
+    Checkpoint,
+    /// Sectors more.
+    Grow(u64),
+    /// Closed and opened.
+    Reopen,
+    /// The daemon dies; the next one takes the live map up.
+    Kill,
+}
+
+pub fn random_op(disk: &Disk, rng: &mut Rng) -> Op {
+    let window = rng.below(disk.windows.len() as u64) as usize;
+    let unit = [1, 512, 4096, 4096][rng.below(4) as usize];
+    let at = rng.below(disk.windows[window].1) / unit * unit;
+    let len = match rng.below(4) {
+        0 => 1 + rng.below(6000),
+        1 => 512 * (1 + rng.below(16)),
+        _ => 4096 * (1 + rng.below(4)),
+    };
+    match rng.below(40) {
+        0..16 => Op::Write(window, at, len),
+        16..18 => Op::WriteZeroes(window, at, len),
+        18..23 => Op::Discard(window, at, len),
+        23 => Op::DiscardAll,
+        24 => match disk.windows[0].1 > 256 << 10 {
+            true => Op::Scatter(rng.below(2)),
+            false => Op::Preallocate(window, at, len),
+        },
+        25 => Op::Preallocate(window, at, len),
+        26..33 => Op::Flush,
+        33..36 => Op::Checkpoint,
+        36 => Op::Grow(1 + rng.below(40)),
+        37..39 => Op::Reopen,
+        _ => Op::Kill,
+    }
+}
+
+/// A script: requests that only lead up to it, and those whose every moment is tried.
+pub fn random_script(disk: &Disk, rng: &mut Rng) -> (Vec<Op>, Vec<Op>) {
+    let mut before = Vec::new();
+    if rng.below(4) == 0 {
+        // So many commits that the journal is full, or nearly so.
+        for _ in 0..58 + rng.below(8) {
+            before.push(Op::Write(0, rng.below(disk.windows[0].1) / 4096 * 4096, 512));
+            before.push(Op::Discard(0, rng.below(disk.windows[0].1) / 4096 * 4096, 4096));
+            before.push(Op::Flush);
+        }
+    }
+    let count = 10 + rng.below(20);
+    (before, (0..count).map(|_| random_op(disk, rng)).collect())
+}
+
+/// A run: the overlay, the log of its files, and what its windows hold.
+pub struct Run<'a> {
+    pub disk: &'a Disk,
+    pub live: &'a Path,
+    pub log: SharedLog<Mark>,
+    pub overlay: Option<Overlay>,
+    pub now: Vec<Content>,
+    pub size: u64,
+    pub writes: &'a mut u64,
+}
+
+pub fn open(disk: &Disk, log: &SharedLog<Mark>, live: &Path) -> Result<Overlay> {
+    let file = |number| Box::new(RecordedFile::new(log, number));
+    Overlay::open("test", LayerFiles { data: file(DATA), map: file(MAP) }, disk.base(), live)
+}
+
+impl Run<'_> {
+    fn mark(&self, mark: Mark) {
+        self.log.lock().events.push(Event::Mark(mark));
+    }
+
+    fn mark_live(&self) {
+        self.mark(Mark::Live(LiveCopy::of(self.live).map(Arc::new)));
+    }
+
+    fn overlay(&self) -> &Overlay {
+        self.overlay.as_ref().expect("open between requests")
+    }
+
+    fn fill(&mut self) -> [u8; 512] {
+        *self.writes += 1;
+        filled(*self.writes)
+    }
+
+    /// The daemon dies.
+    pub fn end(mut self) -> Log<Mark> {
+        self.overlay = None;
+        Arc::into_inner(self.log).expect("the overlay and its files are gone").into_inner()
+    }
+
+    pub fn open(&mut self) {
+        self.overlay = Some(open(self.disk, &self.log, self.live).expect("open in the same boot"));
+    }
+
+    /// Notes what a request is to do, and returns its bytes.
+    fn ask(&mut self, place: u64, len: u64, zero: bool) -> Vec<u8> {
+        let mut bytes = Vec::with_capacity(len as usize);
+        let mut asked = Vec::new();
+        let mut at = place;
+        while at < place + len {
+            let (sector, within) = ((at / SECTOR) as usize, (at % SECTOR) as usize);
+            let count = (512 - within).min((place + len - at) as usize);
+            let new = if zero { [0; 512] } else { self.fill() };
+            let mut whole = self.now[sector].as_ref().map_or([0; 512], |content| **content);
+            whole[within..within + count].copy_from_slice(&new[within..within + count]);
+            bytes.extend_from_slice(&new[within..within + count]);
+            self.now[sector] = content(&whole);
+            asked.push((sector, self.now[sector].clone()));
+            at += count as u64;
+        }
+        self.mark(Mark::Asked(Asked(asked)));
+        bytes
+    }
+
+    pub fn apply(&mut self, op: &Op) {
+        match *op {
+            Op::Write(window, at, len) | Op::WriteZeroes(window, at, len) => {
+                if let Some((offset, place, len)) = self.disk.place(self.size, (window, at, len)) {
+                    let bytes = self.ask(place, len, matches!(op, Op::WriteZeroes(..)));
+                    self.overlay().write_at(offset, &bytes).expect("write");
+                }
+            }
+            Op::Discard(window, at, len) => {
+                if let Some((offset, place, len)) = self.disk.place(self.size, (window, at, len)) {
+                    self.ask(place, len, true);
+                    self.overlay().zero(offset, len).expect("discard");
+                }
+            }
+            Op::DiscardAll => {
+                for window in 0..self.disk.windows.len() {
+                    if let Some((_, place, len)) = self.disk.place(self.size, (window, 0, u64::MAX)) {
+                        self.ask(place, len, true);
+                    }
+                }
+                self.overlay().zero(0, self.size).expect("discard all");
+            }
+            Op::Scatter(first) => {
+                let block_bytes = u64::from(self.disk.geometry.block_bytes());
+                for at in (first * block_bytes..self.disk.windows[0].1).step_by(2 * block_bytes as usize) {
+                    if let Some((offset, place, len)) = self.disk.place(self.size, (0, at, 256)) {
+                        let bytes = self.ask(place, len, false);
+                        self.overlay().write_at(offset, &bytes).expect("write");
+                    }
+                }
+            }
+            Op::Preallocate(window, at, len) => {
+                if let Some((offset, _, len)) = self.disk.place(self.size, (window, at, len)) {
+                    self.overlay().preallocate(offset, len).expect("preallocate");
+                }
+            }
+            Op::Flush => self.overlay().flush().expect("flush"),
+            Op::Checkpoint => self.overlay().checkpoint().expect("checkpoint"),
+            Op::Grow(sectors) => {
+                let size = self.size + sectors * SECTOR;
+                self.mark(Mark::AskedToGrow(size));
+                self.overlay().grow(size).expect("grow");
+                self.size = size;
+                self.mark(Mark::Grown(size));
+            }
+            Op::Reopen => {
+                self.overlay.take().expect("open between requests").close().expect("close");
+                self.mark(Mark::Flushed);
+                self.open();
+            }
+            Op::Kill => {
+                self.overlay = None;
+                self.open();
+            }
+        }
+        if matches!(op, Op::Flush | Op::Checkpoint) {
+            self.mark(Mark::Flushed);
+        }
+        self.mark_live();
+    }
+}

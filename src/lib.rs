@@ -7,6 +7,7 @@
 pub mod cli;
 pub mod daemon;
 pub mod error;
+pub mod finding;
 pub mod format;
 pub mod fs;
 pub mod inspect;

@@ -9,6 +9,8 @@
 
 #[path = "cli/bad_inputs.rs"]
 mod bad_inputs;
+#[path = "cli/checking.rs"]
+mod checking;
 #[path = "cli/mounted.rs"]
 mod mounted;
 #[path = "cli/space.rs"]

@@ -5,8 +5,9 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 /// Folders in order: each uses only those before it.
-const LAYERS: [&str; 12] = [
+const LAYERS: [&str; 13] = [
     "error",
+    "finding",
     "units",
     "format",
     "storage",

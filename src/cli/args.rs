@@ -4,6 +4,7 @@ use std::path::PathBuf;
 
 use clap::{ArgAction, Args, Parser, Subcommand, ValueEnum};
 
+use super::check::CheckArgs;
 use crate::error::{Error, ErrorKind, Result};
 use crate::libvirt::domain::Accelerator;
 use crate::store::{DiskName, FlavorFs, ObjectName, SourceFormat};
@@ -67,6 +68,11 @@ pub enum Command {
     Df(Form),
     /// Show which parts of a disk are its own and which are its base's
     Map(MapArgs),
+    /// Look for damage, and for what nothing needs any more; on a mounted store too
+    ///
+    /// Says of each finding whether data is at risk and what --repair does about it. Changes nothing without --repair.
+    /// Exit code: 0 if there is nothing worse than a note, or if all else was mended; 1 if something asks for attention.
+    Check(CheckArgs),
     /// Run instances as libvirt guests
     Libvirt(LibvirtArgs),
     /// Print a script that completes cowdisk's arguments in a shell
@@ -430,7 +436,7 @@ fn count(what: &str, text: &str, max: u32) -> Result<u32> {
     }
 }
 
-fn map_target(text: &str) -> Result<MapTarget> {
+pub(super) fn map_target(text: &str) -> Result<MapTarget> {
     let (instance, disk) = match text.split_once('/') {
         Some((instance, disk)) => (instance, disk.parse()?),
         None => (text, DiskName::Root),

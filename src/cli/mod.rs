@@ -5,6 +5,7 @@
 //! is wrong in itself ([`ErrorKind::Invalid`]). An operation that is interrupted by a signal has failed: 1.
 
 mod args;
+mod check;
 mod df;
 mod images;
 mod instances;
@@ -96,6 +97,7 @@ fn run(cli: Cli) -> Result<()> {
         Command::Umount { mountpoint } => mount::unmount(&mountpoint),
         Command::Df(form) => df::run(&mut session, form),
         Command::Map(args) => map::run(&mut session, &args),
+        Command::Check(args) => check::run(&mut session, args),
         Command::Libvirt(args) => libvirt::run(&mut session, args),
         Command::Completions { shell } => completions(&mut session, shell),
     }?;

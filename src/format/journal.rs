@@ -80,6 +80,13 @@ impl JournalRecord {
         bytes
     }
 
+    /// Whether the first bytes of `journal` are those of the record with this number, whole or not.
+    pub fn begins(sequence: u64, journal: &[u8]) -> bool {
+        journal.len() >= BYTES
+            && journal[MAGIC..SEQUENCE] == MAGIC_VALUE
+            && u64_at(journal, SEQUENCE) == sequence
+    }
+
     /// Reads the record at the start of `journal`, of a disk that can grow to `blocks_max` blocks. `None` where there
     /// is no valid record: the end of the journal, or a record that a crash tore.
     ///

@@ -110,6 +110,11 @@ impl Superblock {
         bytes
     }
 
+    /// The generation that a copy claims to be of, whole or not.
+    pub fn generation_of(bytes: &[u8; SUPERBLOCK_BYTES]) -> u64 {
+        u64_at(bytes, GENERATION)
+    }
+
     /// Reads one copy.
     ///
     /// # Errors

@@ -7,18 +7,15 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
+use super::map_scan::{CurrentPage, MapScan, pages_of};
 use super::states::{PageWords, SparseStates};
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::format::{
-    BLOCKS_PER_PAGE, BootId, Change, JOURNAL_BLOCK_BYTES, JOURNAL_BYTES, JOURNAL_OFFSET, JournalRecord,
-    MapPage, PAGE_BYTES, PAGES_OFFSET, SUPERBLOCK_BYTES, SessionId, Superblock, changes_that_fit, page_count,
-    record_bytes_for, slot_offset,
+    BootId, Change, JOURNAL_BYTES, JOURNAL_OFFSET, JournalRecord, MapPage, PAGE_BYTES, SUPERBLOCK_BYTES,
+    SessionId, Superblock, changes_that_fit, slot_offset,
 };
 use crate::storage::{Room, Storage, Taken};
 use crate::units::Geometry;
-
-/// Bytes read at once while the pages are loaded: a multiple of two slots.
-const LOAD_BYTES: usize = 256 * PAGE_BYTES;
 
 /// The map file of one open layer.
 #[derive(Debug)]
@@ -47,11 +44,11 @@ pub struct Position {
     pub next_sequence: u64,
 }
 
-/// The current copy of a page.
-#[derive(Clone, Copy, Debug)]
-struct CurrentPage {
-    slot: u64,
-    checksum: u128,
+impl Position {
+    /// Whether a durable map that has come to `position` has been here.
+    pub fn is_covered_by(self, position: Self) -> bool {
+        self.generation <= position.generation && self.next_sequence <= position.next_sequence
+    }
 }
 
 /// Writes the superblock of a new layer into an empty map file and syncs it.
@@ -97,113 +94,20 @@ impl<S: Storage> DurableMap<S> {
     /// [`ErrorKind::Corrupt`] if a page or a record that had been committed is damaged or gone.
     pub fn load(storage: S) -> Result<(Self, SparseStates)> {
         let (superblock, superblock_copy) = read_newer_copy(&storage)?;
-        let next_sequence = superblock.journal_sequence;
-        let mut map = Self {
+        let scan = MapScan::read(&storage, &superblock)?;
+        if let Some(fault) = scan.faults.into_iter().next() {
+            return Err(fault.into_error());
+        }
+        let map = Self {
             storage,
             superblock,
             superblock_copy,
-            journal_used: 0,
-            next_sequence,
-            pages: BTreeMap::new(),
-            stale: BTreeSet::new(),
+            journal_used: scan.journal_used,
+            next_sequence: scan.next_sequence,
+            pages: scan.pages,
+            stale: scan.stale,
         };
-        let mut states = map.load_pages()?;
-        map.replay_journal(&mut states)?;
-        Ok((map, states))
-    }
-
-    /// Finds the current copy of every page: of the valid ones that the last checkpoint covers, the newest (I4). Slots
-    /// that are damaged, or newer, are what an interrupted checkpoint left; that nothing else is missing is proved by
-    /// the digest.
-    fn load_pages(&mut self) -> Result<SparseStates> {
-        let mut states = SparseStates::default();
-        let pages = page_count(self.superblock.geometry);
-        let end = slot_offset(pages, 0);
-        let mut chunk = vec![0; LOAD_BYTES];
-        let mut at = PAGES_OFFSET;
-        while let Some(data) = self.storage.next_data(at)?.filter(|&data| data < end) {
-            at = data - (data - PAGES_OFFSET) % (2 * PAGE_BYTES as u64);
-            self.storage.read_at(at, &mut chunk)?;
-            for (pair, bytes) in (0..).zip(chunk.chunks_exact(2 * PAGE_BYTES)) {
-                let page = (at - PAGES_OFFSET) / (2 * PAGE_BYTES as u64) + pair;
-                if page >= pages {
-                    break;
-                }
-                if let Some((current, words)) = self.current_copy(page, bytes)? {
-                    self.pages.insert(page, current);
-                    states.insert_page(page, words);
-                }
-            }
-            at += LOAD_BYTES as u64;
-        }
-        let digest = self.pages.values().fold(0u128, |sum, page| sum.wrapping_add(page.checksum));
-        if digest != self.superblock.pages_digest {
-            let message =
-                "map: the pages are not those of the last checkpoint (one is damaged, lost or stale)";
-            return Err(Error::new(ErrorKind::Corrupt, message));
-        }
-        Ok(states)
-    }
-
-    fn current_copy(&mut self, page: u64, slots: &[u8]) -> Result<Option<(CurrentPage, Box<PageWords>)>> {
-        let mut best: Option<(u64, CurrentPage, Box<PageWords>)> = None;
-        for (slot, bytes) in (0..).zip(slots.chunks_exact(PAGE_BYTES)) {
-            if bytes.iter().all(|&byte| byte == 0) {
-                continue;
-            }
-            let bytes = bytes.try_into().expect("chunks of a page");
-            let Ok((found, checksum)) = MapPage::decode(self.superblock.layer, page, bytes) else { continue };
-            if found.generation > self.superblock.checkpoint + 1 {
-                let message = format!("map page {page}: newer than the superblock");
-                return Err(Error::new(ErrorKind::Corrupt, message));
-            }
-            if found.generation > self.superblock.checkpoint {
-                self.stale.insert(page);
-                continue;
-            }
-            if best.as_ref().is_none_or(|(generation, ..)| found.generation > *generation) {
-                let current = CurrentPage { slot, checksum: checksum.as_u128() };
-                best = Some((found.generation, current, found.words));
-            }
-        }
-        Ok(best.map(|(_, current, words)| (current, words)))
-    }
-
-    /// Applies the records since the last checkpoint. The first block without the expected record is the end; were a
-    /// later record behind it, a committed one would be lost.
-    fn replay_journal(&mut self, states: &mut SparseStates) -> Result<()> {
-        let len = usize::try_from(self.superblock.journal_bytes).expect("checked by decode: at most 1 MiB");
-        let mut journal = vec![0; len];
-        self.storage.read_at(JOURNAL_OFFSET, &mut journal)?;
-        let blocks_max = self.superblock.geometry.blocks_max();
-        let mut at = 0;
-        while at < len {
-            let record = JournalRecord::decode(self.superblock.layer, blocks_max, &journal[at..])?;
-            let Some(record) = record.filter(|record| record.sequence == self.next_sequence) else { break };
-            for &change in &record.changes {
-                states.apply(change);
-            }
-            self.note_stale(&record.changes);
-            self.next_sequence += 1;
-            at += usize::try_from(record_bytes_for(record.changes.len())).expect("it was in memory");
-        }
-        self.journal_used = at as u64;
-        for at in (at..len).step_by(JOURNAL_BLOCK_BYTES) {
-            let later = JournalRecord::decode(self.superblock.layer, blocks_max, &journal[at..])?;
-            if later.is_some_and(|record| record.sequence >= self.next_sequence) {
-                let message = format!("journal: record {} is damaged or lost", self.next_sequence);
-                return Err(Error::new(ErrorKind::Corrupt, message));
-            }
-        }
-        Ok(())
-    }
-
-    fn note_stale(&mut self, changes: &[Change]) {
-        for change in changes {
-            let (first, last) =
-                (change.span.start / BLOCKS_PER_PAGE, (change.span.end - 1) / BLOCKS_PER_PAGE);
-            self.stale.extend(first..=last);
-        }
+        Ok((map, scan.states))
     }
 
     /// The superblock as it is on disk.
@@ -306,7 +210,7 @@ impl<S: Storage> DurableMap<S> {
         let record = JournalRecord { sequence: self.next_sequence, changes };
         let bytes = record.encode(self.superblock.layer);
         self.storage.write_durable_at(JOURNAL_OFFSET + self.journal_used, &bytes).context(|| "journal")?;
-        self.note_stale(&record.changes);
+        self.stale.extend(pages_of(&record.changes));
         self.journal_used += bytes.len() as u64;
         self.next_sequence += 1;
         Ok(())

@@ -134,9 +134,7 @@ impl LiveMap {
         let Some(file) = open_if_there(path)? else { return Ok(TakeUp::Missing) };
         lock(path, &file)?;
         match read_header(path, &file, binding)? {
-            Header::Trusted(noted)
-                if noted.generation <= position.generation
-                    && noted.next_sequence <= position.next_sequence => {}
+            Header::Trusted(noted) if noted.is_covered_by(position) => {}
             // The layer's files are older than this map: somebody put a backup of them in their place.
             Header::Trusted(_) | Header::Foreign => return Ok(TakeUp::Missing),
             Header::Distrusted => return Ok(TakeUp::Distrusted),
@@ -250,15 +248,34 @@ impl LiveMap {
     }
 }
 
-/// Reads the states of a live map, which another process may be changing; `None` if it is not bound to `binding`, or not
-/// to be trusted.
+/// What is in the place of a live map.
+#[derive(Debug)]
+pub enum Look {
+    /// The map that belongs to the layer as it is: a copy of its states.
+    Bound(SparseStates),
+    /// That map, but a failed sync made it worthless.
+    Distrusted,
+    /// None, or one that belongs to something else.
+    Missing,
+}
+
+/// Reads a live map, which another process may be changing; changes nothing. With a `position`, the one that the durable
+/// map has come to, a map that builds upon a later one is not the layer's.
 ///
 /// # Errors
 /// If the file cannot be read; [`ErrorKind::Corrupt`] if it holds what no cowdisk writes.
-pub fn read_states(path: &Path, file: &File, binding: Binding, pages: u64) -> Result<Option<SparseStates>> {
-    match read_header(path, file, binding)? {
-        Header::Trusted(_) => read_pages(path, file, pages).map(Some),
-        Header::Distrusted | Header::Foreign => Ok(None),
+pub fn look(path: &Path, binding: Binding, position: Option<Position>, pages: u64) -> Result<Look> {
+    let file = match File::open(path) {
+        Ok(file) => file,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Look::Missing),
+        Err(error) => return Err(Error::io(format!("open live map {}", path.display()), error)),
+    };
+    match read_header(path, &file, binding)? {
+        Header::Trusted(noted) if position.is_none_or(|position| noted.is_covered_by(position)) => {
+            read_pages(path, &file, pages).map(Look::Bound)
+        }
+        Header::Trusted(_) | Header::Foreign => Ok(Look::Missing),
+        Header::Distrusted => Ok(Look::Distrusted),
     }
 }
 

@@ -1,13 +1,11 @@
 //! Reading an overlay's map without opening the overlay: while a daemon serves it, or while nobody does.
 
-use std::fs::File;
-use std::io;
 use std::path::Path;
 
 use super::durable_map::{DurableMap, read_superblock};
-use super::live_map::{self, Binding};
+use super::live_map::{self, Binding, Look};
 use super::states::{Extent, SparseStates};
-use crate::error::{Context, Error, Result};
+use crate::error::{Context, Result};
 use crate::format::{SessionId, Superblock, page_count};
 use crate::storage::Storage;
 
@@ -65,12 +63,10 @@ impl MapReader {
 }
 
 fn read_live(superblock: &Superblock, path: &Path) -> Result<Option<SparseStates>> {
-    let file = match File::open(path) {
-        Ok(file) => file,
-        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
-        Err(error) => return Err(Error::io(format!("open live map {}", path.display()), error)),
-    };
     let binding =
         Binding { layer: superblock.layer, session: superblock.session, boot: live_map::current_boot()? };
-    live_map::read_states(path, &file, binding, page_count(superblock.geometry))
+    match live_map::look(path, binding, None, page_count(superblock.geometry))? {
+        Look::Bound(states) => Ok(Some(states)),
+        Look::Distrusted | Look::Missing => Ok(None),
+    }
 }

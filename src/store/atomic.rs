@@ -221,6 +221,11 @@ pub(super) fn sweep(tmp: &Dir, recount: impl FnOnce() -> Result<bool>) -> Result
     tmp.sync()
 }
 
+/// Whether an entry of `tmp` is what a dead process left.
+pub(super) fn is_dead(tmp: &Dir, name: &str) -> Result<bool> {
+    Ok(matches!(claim(tmp, name)?, Claim::Dead(_)))
+}
+
 /// Whether somebody is at work on an entry of `tmp/`.
 enum Claim {
     /// Nobody was; now the caller is, for as long as the file is open (`None`: a thing that cannot be locked).

@@ -140,6 +140,13 @@ impl Store {
         atomic::replace_file(&self.tmp, folder.dir(self), &name, &bytes)
     }
 
+    /// Removes the record of a file's attributes, so that they are again as nobody has changed them.
+    pub(super) fn forget_attributes_of(&self, file: &FileRef) -> Result<()> {
+        let (place, name) = self.attributes_place(file)?;
+        place.dir(self).unlink(&name)?;
+        place.dir(self).sync()
+    }
+
     /// Where the record of a file's attributes is; fails if the file does not exist.
     fn attributes_place(&self, file: &FileRef) -> Result<(Place, String)> {
         let absent = |what: String| Error::new(ErrorKind::NotFound, format!("{what}: not found"));

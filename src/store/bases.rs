@@ -24,7 +24,7 @@ use crate::storage::FileStorage;
 use crate::units::check_disk_bytes;
 
 /// What to do about a base whose bytes are wrong. A filesystem made anew has another UUID, so a flavor's is lost.
-const DAMAGED_HINT: &str =
+pub(super) const DAMAGED_HINT: &str =
     "importing the same image again repairs it; what a flavor made must come from a backup of the store";
 /// What to do about a base whose bytes may be right, because the store was copied, say.
 const TOUCHED_HINT: &str =
@@ -42,6 +42,19 @@ struct BaseRecord {
     created: Timestamp,
     /// Whether `verify` has found other bytes than the name says.
     damaged: bool,
+}
+
+/// What can be told of a base without reading it.
+#[derive(Debug)]
+pub(super) enum BaseCondition {
+    /// As it was stored.
+    AsStored,
+    /// Another file, or modified since: what has changed, and what to do. Its bytes may be right.
+    Changed { what: String, hint: &'static str },
+    /// Of another size, or found to have other bytes.
+    Damaged { what: String, hint: &'static str },
+    /// Its record is missing or damaged.
+    NoRecord(Error),
 }
 
 /// A base being made: its folder in `tmp/`, and its file.
@@ -77,9 +90,16 @@ impl<'a> BaseDraft<'a> {
 }
 
 impl BaseRecord {
-    /// Whether a file looks like the one that was stored. What its bytes are only reading them tells.
-    fn describes(&self, found: &Self) -> bool {
-        (self.size, self.mtime_ns, self.inode) == (found.size, found.mtime_ns, found.inode)
+    /// What a file looks like beside the one that was stored. What its bytes are only reading them tells.
+    fn compare(&self, found: &Self) -> BaseCondition {
+        let what = self.difference(found);
+        if self.size != found.size || self.damaged {
+            BaseCondition::Damaged { what, hint: DAMAGED_HINT }
+        } else if what.is_empty() {
+            BaseCondition::AsStored
+        } else {
+            BaseCondition::Changed { what, hint: TOUCHED_HINT }
+        }
     }
 
     /// What is not as it was stored, for a message: each thing as it was and as it is.
@@ -158,16 +178,49 @@ impl Store {
     /// [`ErrorKind::NotFound`] if there is none; [`ErrorKind::Corrupt`] if its file was changed.
     pub fn open_base(&self, id: &BaseId) -> Result<File> {
         let (file, record) = self.open_base_unchecked(id)?;
-        let found = fingerprint(&file)?;
-        let hint = if found.size != record.size || record.damaged {
-            DAMAGED_HINT
-        } else if record.describes(&found) {
-            return Ok(file);
-        } else {
-            TOUCHED_HINT
+        let (what, hint) = match record.compare(&fingerprint(&file)?) {
+            BaseCondition::Changed { what, hint } | BaseCondition::Damaged { what, hint } => (what, hint),
+            BaseCondition::AsStored | BaseCondition::NoRecord(_) => return Ok(file),
         };
-        let what = record.difference(&found);
         Err(Error::new(ErrorKind::Corrupt, format!("base {id}: {what}")).with_hint(hint))
+    }
+
+    /// What can be told of a base without reading it.
+    ///
+    /// # Errors
+    /// [`ErrorKind::NotFound`] if there is none, or if its file is missing.
+    pub(super) fn base_condition(&self, id: &BaseId) -> Result<BaseCondition> {
+        let file = self.base_file(id)?;
+        match self.open_base_unchecked(id) {
+            Ok((_, record)) => Ok(record.compare(&fingerprint(&file)?)),
+            Err(error) if error.kind() == ErrorKind::Corrupt => Ok(BaseCondition::NoRecord(error)),
+            Err(error) => Err(error),
+        }
+    }
+
+    /// Opens the file of a base, whatever its record says. It is held as by any other reader.
+    ///
+    /// # Errors
+    /// [`ErrorKind::NotFound`] if there is none; [`ErrorKind::Busy`] if it is being removed.
+    pub(super) fn base_file(&self, id: &BaseId) -> Result<File> {
+        let file = self.bases.open_dir(&id.to_string())?.open_file(layout::BASE_RAW, Access::Read)?;
+        if !try_lock(&file, Share::Shared).context(|| format!("lock base {id}"))? {
+            return Err(Error::new(ErrorKind::Busy, format!("base {id}: being removed")));
+        }
+        Ok(file)
+    }
+
+    /// Writes a record for a base whose bytes are right as it is now.
+    pub(super) fn accept_base(&self, id: &BaseId) -> Result<()> {
+        let found = fingerprint(&self.base_file(id)?)?;
+        let created = self.open_base_unchecked(id).map_or(found.created, |(_, record)| record.created);
+        self.rewrite_record(id, &BaseRecord { created, ..found })
+    }
+
+    /// Notes that the bytes of a base are not what its name says: nothing opens over it any more.
+    pub(super) fn mark_base_damaged(&self, id: &BaseId) -> Result<()> {
+        let (_, record) = self.open_base_unchecked(id)?;
+        self.rewrite_record(id, &BaseRecord { damaged: true, ..record })
     }
 
     fn open_base_unchecked(&self, id: &BaseId) -> Result<(File, BaseRecord)> {

@@ -4,7 +4,7 @@ use std::fs::File;
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 use std::sync::Arc;
-use std::time::SystemTime;
+use std::time::{Duration, SystemTime};
 
 use super::Store;
 use super::dir::{Access, Dir};
@@ -16,6 +16,10 @@ use crate::error::{Context, Error, ErrorKind, Result};
 use crate::format::{BaseRef, BlockState, LayerId};
 use crate::overlay::{BaseImage, LayerFiles, MapReader, Overlay, live_map_name, read_superblock};
 use crate::storage::{FileStorage, Storage};
+
+/// How often the lock of a disk is tried: a check takes it for an instant to see whether it is free.
+const LOCK_ATTEMPTS: u32 = 10;
+const LOCK_PAUSE: Duration = Duration::from_millis(2);
 
 /// A disk, open for service: the only one of its kind as long as it is.
 #[derive(Debug)]
@@ -234,6 +238,24 @@ impl Store {
         Ok(Disk::Overlay(Box::new(overlay)))
     }
 
+    /// The files of an overlay, to be mended; its lock is held as long as they are open.
+    ///
+    /// # Errors
+    /// [`ErrorKind::NotFound`] if there is no such disk; [`ErrorKind::Busy`] if it is open.
+    pub(super) fn layer_for_repair(
+        &self,
+        folder: &Dir,
+        instance: &ObjectName,
+        disk: DiskName,
+    ) -> Result<LayerFiles> {
+        let map = self.lock_disk(folder, instance, disk, DiskPart::Map)?;
+        let data = folder.open_file(disk_file(disk, DiskPart::Data), Access::ReadWrite)?;
+        Ok(LayerFiles {
+            data: Box::new(folder.storage(data, format!("data of {instance}/{disk}"))),
+            map: Box::new(folder.storage(map, format!("map of {instance}/{disk}"))),
+        })
+    }
+
     /// Opens the file that carries a disk's lock, and takes it.
     fn lock_disk(&self, folder: &Dir, instance: &ObjectName, disk: DiskName, part: DiskPart) -> Result<File> {
         let file = folder.open_file(disk_file(disk, part), Access::ReadWrite).map_err(|error| match error
@@ -242,8 +264,13 @@ impl Store {
             ErrorKind::NotFound => no_such_disk(instance, disk),
             _ => error,
         })?;
-        if !try_lock(&file, Share::Exclusive).context(|| format!("lock {instance}/{disk}"))? {
-            return Err(self.busy_disk(instance, disk));
+        let mut attempts = 1;
+        while !try_lock(&file, Share::Exclusive).context(|| format!("lock {instance}/{disk}"))? {
+            if attempts == LOCK_ATTEMPTS {
+                return Err(self.busy_disk(instance, disk));
+            }
+            attempts += 1;
+            std::thread::sleep(LOCK_PAUSE);
         }
         // The instance may have been removed between opening and locking; its remover held the lock until it was.
         let stat = rustix::fs::fstat(&file).context(|| format!("look up {instance}/{disk}"))?;

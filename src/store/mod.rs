@@ -14,6 +14,7 @@ mod atomic;
 mod attrs;
 mod bases;
 mod boot;
+mod check;
 mod convert;
 mod copy;
 mod dir;
@@ -43,6 +44,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, OnceLock};
 
 pub use attrs::{Attributes, FileRef, XATTR_NAME_BYTES_MAX, XATTR_VALUE_BYTES_MAX, XATTRS_MAX};
+pub use check::{CheckReport, CheckRequest, CheckTarget};
 pub use disk::{Disk, DiskExtent, DiskExtentKind, DiskMap, DiskStatus};
 pub use flavors::{Flavor, FlavorFs, FlavorSpec, LOCAL_LABEL};
 pub use foreign::SourceFormat;
@@ -117,6 +119,15 @@ impl Store {
     /// # Errors
     /// Those of [`Store::open`].
     pub fn open_on(host: Arc<dyn Host>, dir: &Path) -> Result<Self> {
+        let store = Self::open_unswept(host, dir)?;
+        // What cannot be swept (a read-only host filesystem, say) is in nobody's way.
+        if let Err(error) = store.sweep() {
+            log::warn!("store {}: cannot remove what is half-made: {error}", dir.display());
+        }
+        Ok(store)
+    }
+
+    fn open_unswept(host: Arc<dyn Host>, dir: &Path) -> Result<Self> {
         let shown = dir.display();
         let hint = format!("make one: cowdisk --store {shown} init");
         let root = match Dir::open_path_on(host, dir) {
@@ -133,7 +144,7 @@ impl Store {
             _ => error.context(format!("open store {shown}")),
         })?;
         let open = |name| root.open_dir(name).context(|| format!("open store {shown}"));
-        let store = Self {
+        Ok(Self {
             path: dir.to_owned(),
             uuid,
             run_dir_wanted: None,
@@ -148,12 +159,7 @@ impl Store {
             attrs: open(layout::ATTRS)?,
             tmp: open(layout::TMP)?,
             root,
-        };
-        // What cannot be swept (a read-only host filesystem, say) is in nobody's way.
-        if let Err(error) = store.sweep() {
-            log::warn!("store {shown}: cannot remove what is half-made: {error}");
-        }
-        Ok(store)
+        })
     }
 
     /// Asks for another run directory than the usual one; see [`Store::run_dir`].

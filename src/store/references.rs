@@ -135,7 +135,7 @@ impl Store {
 
 /// The base that an overlay's superblock names. If there is no overlay, or its superblock is damaged, only the record
 /// can tell.
-fn base_of_overlay(folder: &Dir, disk: DiskName) -> Result<Option<BaseId>> {
+pub(super) fn base_of_overlay(folder: &Dir, disk: DiskName) -> Result<Option<BaseId>> {
     let name = disk_file(disk, DiskPart::Map);
     let superblock = folder.open_file(name, Access::Read).and_then(|file| {
         read_superblock(&FileStorage::new(file, folder.path_of(name).display().to_string()))

@@ -1,5 +1,6 @@
 //! Tests of the store as a whole; those of a part are with the part.
 
+mod checking;
 mod crashing;
 mod creating;
 mod flavoring;

@@ -14,6 +14,8 @@ mod damage;
 mod data;
 #[path = "fuse/life.rs"]
 mod life;
+#[path = "fuse/posix.rs"]
+mod posix;
 #[path = "fuse/space.rs"]
 mod space;
 

@@ -3,7 +3,9 @@
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-use rustix::process::{Pid, Signal};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::fd::OwnedFd;
+use rustix::process::{Pid, PidfdFlags, Signal};
 
 use super::farewell::Farewell;
 use super::holders;
@@ -17,6 +19,9 @@ const PAUSE: Duration = Duration::from_millis(10);
 
 /// After how long to look whether the mount lives on in another mount namespace.
 const DOUBT: Duration = Duration::from_secs(2);
+
+/// How long a daemon that has given up its lock may take to end.
+const LAST_MOMENTS: Timespec = Timespec { tv_sec: 10, tv_nsec: 0 };
 
 /// Takes away the mount at `target`, which is a mountpoint or the directory of a mounted store, and waits until its
 /// daemon has flushed and closed every disk and ended. A dead mount is taken away as well.
@@ -40,13 +45,30 @@ pub fn unmount(target: &Path) -> Result<()> {
     if server.is_some() && !holders::holders(entry.device).is_empty() {
         return Err(busy(entry));
     }
+    let process = server.as_ref().and_then(process_of);
     mount::unmount(&entry.mountpoint).map_err(|error| match error.kind() {
         ErrorKind::Busy => busy(entry),
         _ => error,
     })?;
     match (store, server) {
-        (Some(store), Some(server)) if server.pid != 0 => wait(&store, &server, entry),
+        (Some(store), Some(server)) if server.pid != 0 => wait(&store, &server, process.as_ref(), entry),
         _ => Ok(()),
+    }
+}
+
+/// A handle to the daemon's process, for its number may go to another when it ends. None if it is not seen from here.
+fn process_of(server: &ServerInfo) -> Option<OwnedFd> {
+    let pid = i32::try_from(server.pid).ok().and_then(Pid::from_raw)?;
+    rustix::process::pidfd_open(pid, PidfdFlags::empty()).ok()
+}
+
+/// Waits until the process of a daemon that has given up its lock has gone, and with it the last files of the store that
+/// it has open: the host's filesystem can be unmounted then.
+fn wait_for_exit(process: Option<&OwnedFd>) {
+    let Some(process) = process else { return };
+    let mut awaited = [PollFd::new(process, PollFlags::IN)];
+    if let Err(errno) = rustix::io::retry_on_intr(|| poll(&mut awaited, Some(&LAST_MOMENTS))) {
+        log::warn!("wait for the daemon's process: {errno}");
     }
 }
 
@@ -68,8 +90,8 @@ fn busy(entry: &MountEntry) -> Error {
         .with_hint("shut the guests down, or close those files, and unmount again")
 }
 
-/// Waits until `server` has given up its lock on the store.
-fn wait(store: &Store, server: &ServerInfo, entry: &MountEntry) -> Result<()> {
+/// Waits until `server` has given up its lock on the store, and its process has ended.
+fn wait(store: &Store, server: &ServerInfo, process: Option<&OwnedFd>, entry: &MountEntry) -> Result<()> {
     let mut doubt = Instant::now() + DOUBT;
     while store.serving()?.is_some_and(|now| now.pid == server.pid) {
         if Instant::now() >= doubt {
@@ -78,6 +100,7 @@ fn wait(store: &Store, server: &ServerInfo, entry: &MountEntry) -> Result<()> {
         }
         std::thread::sleep(PAUSE);
     }
+    wait_for_exit(process);
     Farewell::check(&store.run_dir()?, server.pid)
 }
 

@@ -14,6 +14,8 @@ impl Errno {
     pub const STALE: Self = Self(libc::ESTALE);
     /// No such name.
     pub const NO_ENTRY: Self = Self(libc::ENOENT);
+    /// The name is longer than any can be.
+    pub const NAME_TOO_LONG: Self = Self(libc::ENAMETOOLONG);
     /// Not possible on this kind of file, or at all in this tree.
     pub const NOT_PERMITTED: Self = Self(libc::EPERM);
     /// A directory is needed.

@@ -40,6 +40,9 @@ use tree::Tree;
 use crate::error::{Context, Error, Result};
 use crate::store::{SpaceNow, Store};
 
+/// Longest name of a file, in bytes.
+const NAME_BYTES_MAX: u32 = 255;
+
 /// What `statfs` shows: the host's filesystem under the store.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Statistics {
@@ -107,9 +110,12 @@ impl Fs {
     /// it once for each call.
     ///
     /// # Errors
-    /// [`Errno::NO_ENTRY`] if there is none.
+    /// [`Errno::NO_ENTRY`] if there is none; [`Errno::NAME_TOO_LONG`] if there cannot be one.
     pub fn lookup(&self, parent: u64, name: &OsStr) -> Outcome<Attributes> {
         let parent = self.inodes.node(parent)?;
+        if name.len() > NAME_BYTES_MAX as usize {
+            return Err(Errno::NAME_TOO_LONG.into());
+        }
         let name = name.to_str().ok_or(Errno::NO_ENTRY)?;
         let node = self.tree.find(&parent, name)?;
         let mut attributes = self.tree.attributes(&node, &self.disks)?;
@@ -318,7 +324,7 @@ impl Fs {
             blocks_available: stat.f_bavail.saturating_sub(reserve.div_ceil(stat.f_frsize.max(1))),
             files: stat.f_files,
             files_free: stat.f_ffree,
-            name_bytes_max: 255,
+            name_bytes_max: NAME_BYTES_MAX,
         })
     }
 

@@ -192,6 +192,20 @@ fn unmounting_returns_when_every_disk_is_durable_and_closed() {
     disk.close().unwrap();
 }
 
+/// The lock is given up before the process ends; whoever unmounted the host's filesystem next found it busy at times.
+#[test]
+fn the_daemon_is_gone_when_unmounting_returns() {
+    let mut mount = TestMount::new();
+    for _ in 0..20 {
+        open(&mount.disk()).write_all_at(b"x", 0).unwrap();
+        daemon::unmount(&mount.mountpoint()).unwrap();
+        let stat = std::fs::read_to_string(format!("/proc/{}/stat", mount.pid())).unwrap();
+        assert!(stat.contains(") Z "), "it has ended, and only its parent has not looked yet: {stat}");
+        mount.ends_within(Duration::from_secs(60)).unwrap();
+        mount.mount().unwrap();
+    }
+}
+
 #[test]
 fn umount_8_ends_the_daemon_in_order() {
     let mut mount = TestMount::new();

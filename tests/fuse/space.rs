@@ -238,6 +238,20 @@ fn a_synchronous_write_is_durable_when_it_returns() {
     }
 }
 
+/// As QEMU 10 writes what a guest wants through the cache (FUA).
+#[test]
+fn a_write_that_asks_by_itself_is_durable_when_it_returns() {
+    let mount = TestMount::new();
+    let data = crate::mount::Aligned::filled(4096, 1);
+    for (number, open_flags) in [0, libc::O_DIRECT].into_iter().enumerate() {
+        let file = open_with(&mount.disk(), open_flags).unwrap();
+        let before = durable_map(&mount);
+        let (data, offset) = ([std::io::IoSlice::new(&data)], number as u64 * MIB);
+        rustix::io::pwritev2(&file, &data, offset, rustix::io::ReadWriteFlags::DSYNC).unwrap();
+        assert!(durable_map(&mount) != before, "open flags {open_flags:#x}");
+    }
+}
+
 #[test]
 fn what_nobody_syncs_is_durable_some_seconds_later() {
     let mount = TestMount::with_options("flush=1");

@@ -13,6 +13,8 @@ mod bad_inputs;
 mod mounted;
 #[path = "cli/space.rs"]
 mod space;
+#[path = "cli/status.rs"]
+mod status;
 
 use std::collections::BTreeMap;
 use std::fs::{self, File};

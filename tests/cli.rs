@@ -15,6 +15,8 @@ mod checking;
 mod mounted;
 #[path = "cli/space.rs"]
 mod space;
+#[path = "cli/status.rs"]
+mod status;
 
 use std::collections::BTreeMap;
 use std::fs::{self, File};

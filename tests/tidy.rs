@@ -22,8 +22,9 @@ const LAYERS: [&str; 13] = [
 ];
 
 /// Crates and the folders, or files, that may name them.
-const HOMES: [(&str, &[&str]); 11] = [
+const HOMES: [(&str, &[&str]); 12] = [
     ("fuser", &["transport"]),
+    ("httparse", &["daemon/http.rs"]),
     ("clap", &["cli"]),
     ("clap_complete", &["cli"]),
     ("quick_xml", &["libvirt"]),
@@ -78,13 +79,14 @@ const DISK_CHANGES: [&str; 34] = [
 ];
 
 /// Who does so beside the seam, and by what; `storage/host.rs` says why.
-const BESIDE_THE_SEAM: [(&str, &[&str]); 9] = [
+const BESIDE_THE_SEAM: [(&str, &[&str]); 10] = [
     ("overlay/live_map.rs", &["OpenOptions", "fs::fallocate", "fs::remove_", "write_all_at"]),
     ("store/run_dir.rs", &["DirBuilder"]),
     ("store/disk.rs", &["Access::ReadWrite", "fs::remove_"]),
     ("store/dir.rs", &["Access::ReadWrite", "OFlags::CREATE", "OFlags::RDWR"]),
     ("store/lock.rs", &["write_all_at"]),
     ("transport/mount.rs", &["File::options"]),
+    ("daemon/control.rs", &["fs::remove_", "fs::set_permissions"]),
     ("daemon/readiness.rs", &["File::options"]),
     ("daemon/farewell.rs", &["File::create"]),
     ("libvirt/kvm.rs", &["File::create", "OpenOptions"]),

@@ -62,6 +62,10 @@ pub enum Command {
         #[arg(value_name = "MNT")]
         mountpoint: PathBuf,
     },
+    /// Show how a store is served: by which process, where, and how its disks fare
+    ///
+    /// More is told to programs, by HTTP on the socket control.sock in the run directory: GET /v1/status and /metrics.
+    Status(StatusArgs),
     /// Show what the store takes of the host's file system, what is left, and what is promised to disks
     ///
     /// What each instance takes is a column of: cowdisk instance list
@@ -234,6 +238,16 @@ pub struct MountArgs {
     /// Ignore options that are not known, as `mount -s` asks
     #[arg(long)]
     pub sloppy: bool,
+}
+
+/// `cowdisk status …`
+#[derive(Debug, Args)]
+pub struct StatusArgs {
+    /// A mountpoint; without it the store is meant
+    #[arg(value_name = "MNT")]
+    pub mountpoint: Option<PathBuf>,
+    #[command(flatten)]
+    pub form: Form,
 }
 
 /// `cowdisk map …`

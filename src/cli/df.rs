@@ -5,6 +5,7 @@ use serde::Serialize;
 use super::Session;
 use super::args::Form;
 use super::images::sized;
+use crate::daemon::HostStatus;
 use crate::error::Result;
 use crate::store::{SpaceNow, Store, Usage};
 use crate::units::HumanBytes;
@@ -12,7 +13,7 @@ use crate::units::HumanBytes;
 /// A store's use of space as `--json` shows it. Sizes are bytes.
 #[derive(Debug, Serialize)]
 struct UsageView {
-    host: HostView,
+    host: HostStatus,
     instances: u64,
     disks: u64,
     promised: u64,
@@ -21,21 +22,6 @@ struct UsageView {
     saved: u64,
     /// Instances that are damaged and not counted.
     unreadable: Vec<String>,
-}
-
-/// The host's file system.
-#[derive(Debug, Serialize)]
-struct HostView {
-    size: u64,
-    used: u64,
-    used_percent: u8,
-    available: u64,
-    /// What of that is kept.
-    reserve: u64,
-    /// What guests may still fill.
-    left: u64,
-    high_water_percent: u8,
-    nearly_full: bool,
 }
 
 /// What a store takes, by what it is.
@@ -112,16 +98,7 @@ impl UsageView {
     fn of(usage: &Usage) -> Self {
         let now = &usage.space;
         Self {
-            host: HostView {
-                size: now.host.total,
-                used: now.used(),
-                used_percent: now.used_percent(),
-                available: now.host.available,
-                reserve: now.reserve,
-                left: now.left(),
-                high_water_percent: now.high_water_percent,
-                nearly_full: now.is_high(),
-            },
+            host: HostStatus::from(now),
             instances: usage.instances,
             disks: usage.disks,
             promised: usage.promised,

@@ -15,6 +15,7 @@ mod map;
 mod mount;
 mod output;
 mod progress;
+mod status;
 mod usage;
 
 use std::ffi::OsString;
@@ -95,6 +96,7 @@ fn run(cli: Cli) -> Result<()> {
         Command::Instance(command) => instances::run(&mut session, command),
         Command::Mount(args) => mount::mount(&session, &args),
         Command::Umount { mountpoint } => mount::unmount(&mountpoint),
+        Command::Status(args) => status::run(&mut session, &args),
         Command::Df(form) => df::run(&mut session, form),
         Command::Map(args) => map::run(&mut session, &args),
         Command::Check(args) => check::run(&mut session, args),

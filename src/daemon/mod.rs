@@ -6,23 +6,30 @@
 //! durable it leaves behind as its last words, for whoever took the mount away.
 
 mod background;
+mod control;
 mod farewell;
 mod holders;
+mod http;
+mod metrics;
 mod mountpoint;
 mod mounts;
 mod options;
 mod readiness;
 mod serve;
 mod signals;
+mod status;
 mod unmount;
 
 use std::path::Path;
 
+pub use control::status;
 pub use holders::{Holder, holders};
+pub use http::{REQUEST_BYTES_MAX, Refusal, Request, Route, read_request};
 pub use mounts::{MountEntry, mounts};
 pub use options::{FLUSH_SECONDS, FLUSH_SECONDS_MAX, MountOptions, THREADS_MAX};
 pub use readiness::{LOG_VARIABLE, SpawnRequest};
 pub use serve::serve;
+pub use status::{DiskStatus, HostStatus, Status};
 pub use unmount::unmount;
 
 use readiness::Readiness;

@@ -8,12 +8,14 @@ use std::time::{Duration, Instant};
 use rustix::process::{Resource, Rlimit};
 
 use super::background::{Background, report};
+use super::control::Control;
 use super::farewell::Farewell;
 use super::holders;
 use super::mountpoint;
 use super::mounts;
 use super::options::MountOptions;
 use super::signals::SignalWatch;
+use super::status::Identity;
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::fs::Fs;
 use crate::store::Store;
@@ -64,9 +66,14 @@ pub fn serve(store: Store, mountpoint: &Path, options: &MountOptions, on_ready: 
     let background = Background::start(Arc::clone(&fs), options.flush_seconds)?;
     // Whatever may fail comes before this, or in it, for it takes the mount away again.
     let device = mount_and_answer(&source, &mountpoint, options, &fs, events)?;
+    // Nobody's disk depends on it.
+    let identity = Identity::new(&source, &mountpoint, options);
+    let control = Control::start(&run_dir, identity, Arc::clone(&fs))
+        .inspect_err(|error| log::warn!("serving without a control socket: {error}"));
     log::info!("serving {} on {}", source.display(), mountpoint.display());
     on_ready();
     let ended = Keeper { inbox, mountpoint, device, fs: &fs, patience: None }.keep();
+    drop(control);
     drop(background);
     drop(signals);
     let mut errors: Vec<Error> = ended.err().into_iter().collect();

@@ -12,6 +12,7 @@
 //! nothing but the kernel's own checks of modes keeps anybody out.
 
 mod attributes;
+mod counters;
 mod errno;
 mod handles;
 mod inodes;
@@ -26,11 +27,14 @@ use std::sync::Arc;
 use parking_lot::Mutex;
 
 pub use attributes::{AttributeChanges, Attributes, FileKind, MODE_BITS, SetTime};
+pub use counters::{Ending, Operation, RequestCounts};
 pub use errno::{Errno, Failure, Outcome};
 pub use handles::HandleId;
+pub use open_disks::{DiskFigures, DiskState};
 pub use open_file::OpenMode;
 pub use tree::Entry;
 
+use counters::Counters;
 use handles::Handles;
 use inodes::Inodes;
 use open_disks::OpenDisks;
@@ -38,6 +42,7 @@ use open_file::OpenFile;
 use tree::Tree;
 
 use crate::error::{Context, Error, Result};
+use crate::overlay::CommitCounts;
 use crate::store::{SpaceNow, Store};
 
 /// Longest name of a file, in bytes.
@@ -69,6 +74,7 @@ pub struct Fs {
     inodes: Inodes,
     handles: Handles<OpenFile>,
     disks: OpenDisks,
+    counters: Counters,
     /// Guards the records of owners, modes and extended attributes from reading one to writing it back.
     records: Mutex<()>,
 }
@@ -102,6 +108,7 @@ impl Fs {
             inodes: Inodes::default(),
             handles: Handles::new(),
             disks: OpenDisks::default(),
+            counters: Counters::default(),
             records: Mutex::new(()),
         })
     }
@@ -153,9 +160,17 @@ impl Fs {
     /// [`Errno::READ_ONLY`] for writing to an image, a kernel or a ramdisk; [`Errno::NOT_PERMITTED`] for cutting a disk
     /// off; those of opening a disk.
     pub fn open(&self, ino: u64, mode: OpenMode) -> Outcome<HandleId> {
-        let node = self.inodes.node(ino)?;
-        let file = OpenFile::open(&self.tree, &self.disks, &node, mode)?;
-        self.insert(file)
+        self.counted(Operation::Open, 0, || {
+            let node = self.inodes.node(ino)?;
+            let file = OpenFile::open(&self.tree, &self.disks, &node, mode)?;
+            self.insert(file)
+        })
+    }
+
+    fn counted<T>(&self, kind: Operation, bytes: u64, operation: impl FnOnce() -> Outcome<T>) -> Outcome<T> {
+        let outcome = operation();
+        self.counters.count(kind, bytes, &outcome);
+        outcome
     }
 
     /// Opens a directory for reading its entries.
@@ -183,8 +198,10 @@ impl Fs {
     /// # Errors
     /// Those of closing the disk; it is closed all the same.
     pub fn close(&self, handle: HandleId) -> Outcome<()> {
-        let file = self.handles.remove(handle).ok_or(Errno::BAD_HANDLE)?;
-        Ok(self.close_file(file)?)
+        self.counted(Operation::Close, 0, || {
+            let file = self.handles.remove(handle).ok_or(Errno::BAD_HANDLE)?;
+            Ok(self.close_file(file)?)
+        })
     }
 
     fn close_file(&self, file: OpenFile) -> Result<()> {
@@ -257,7 +274,10 @@ impl Fs {
     /// # Errors
     /// [`Errno::INVALID`] if `direct` and not aligned; those of the disk.
     pub fn read(&self, handle: HandleId, offset: u64, buf: &mut [u8], direct: bool) -> Outcome<usize> {
-        self.handles.get(handle)?.read(offset, buf, direct)
+        let outcome = self.handles.get(handle).and_then(|file| file.read(offset, buf, direct));
+        let read = outcome.as_ref().map_or(0, |read| *read as u64);
+        self.counters.count(Operation::Read, read, &outcome);
+        outcome
     }
 
     /// Writes all of `data` at byte `offset`; durable after the next [`Fs::sync`]. `direct` as in [`Fs::read`].
@@ -266,7 +286,8 @@ impl Fs {
     /// [`Errno::TOO_BIG`] if it reaches beyond the end of the disk (nothing is written then); [`Errno::INVALID`] if
     /// `direct` and not aligned; those of the disk.
     pub fn write(&self, handle: HandleId, offset: u64, data: &[u8], direct: bool) -> Outcome<()> {
-        self.handles.get(handle)?.write(offset, data, direct)
+        let len = data.len() as u64;
+        self.counted(Operation::Write, len, || self.handles.get(handle)?.write(offset, data, direct))
     }
 
     /// Makes every completed write to the file durable.
@@ -274,7 +295,7 @@ impl Fs {
     /// # Errors
     /// Those of the disk.
     pub fn sync(&self, handle: HandleId) -> Outcome<()> {
-        self.handles.get(handle)?.sync()
+        self.counted(Operation::Sync, 0, || self.handles.get(handle)?.sync())
     }
 
     /// `fallocate`: punching a hole and zeroing a range make zeroes and return space; plain allocation reserves space.
@@ -283,7 +304,7 @@ impl Fs {
     /// [`Errno::TOO_BIG`] if the range reaches beyond the end of the disk (nothing is changed then);
     /// [`Errno::NOT_SUPPORTED`] for another mode; those of the disk.
     pub fn allocate(&self, handle: HandleId, mode: i32, offset: u64, len: u64) -> Outcome<()> {
-        self.handles.get(handle)?.allocate(mode, offset, len)
+        self.counted(Operation::Allocate, len, || self.handles.get(handle)?.allocate(mode, offset, len))
     }
 
     /// `lseek` with SEEK_DATA or SEEK_HOLE.
@@ -326,6 +347,25 @@ impl Fs {
             files_free: stat.f_ffree,
             name_bytes_max: NAME_BYTES_MAX,
         })
+    }
+
+    /// What was asked for so far, by what it was.
+    pub fn request_counts(&self, operation: Operation) -> RequestCounts {
+        self.counters.of(operation)
+    }
+
+    /// Every disk in use and those that could not be opened, and what all disks have committed so far. Waits for nobody's
+    /// I/O.
+    pub fn disk_figures(&self) -> (Vec<DiskFigures>, CommitCounts) {
+        self.disks.figures()
+    }
+
+    /// How many instances the store has.
+    ///
+    /// # Errors
+    /// Those of the host.
+    pub fn count_instances(&self) -> Result<usize> {
+        Ok(self.tree.store().instance_names()?.len())
     }
 
     /// How many files and directories are open.

@@ -3,7 +3,7 @@
 //! Opening and closing take as long as the host's disk takes, and no lock is held meanwhile: only who wants the very
 //! disk that is being opened or closed waits for it.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering, fence};
 
@@ -11,6 +11,7 @@ use parking_lot::{Condvar, Mutex};
 
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::format::LayerId;
+use crate::overlay::CommitCounts;
 use crate::store::{Disk, DiskName, ObjectName};
 
 /// What tells one disk from all others, past ones included.
@@ -104,6 +105,41 @@ pub struct OpenDisks {
     states: Mutex<HashMap<DiskKey, State>>,
     /// A disk was opened or closed.
     changed: Condvar,
+    /// Guards the sum of what the disks that are closed now had done; held for an instant.
+    closed: Mutex<CommitCounts>,
+    /// Guards why disks could not be opened when somebody last tried; held for an instant.
+    refused: Mutex<BTreeMap<String, String>>,
+}
+
+/// Most disks of which is kept why they could not be opened.
+const REFUSED_MAX: usize = 1000;
+
+/// What is known of a disk in use, or of one that could not be opened.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct DiskFigures {
+    /// `INSTANCE/DISK`.
+    pub name: String,
+    /// What becomes of it.
+    pub state: DiskState,
+    /// Handles that share it.
+    pub handles: usize,
+    /// Bytes of the disk; 0 if it is not open.
+    pub size: u64,
+    /// Runs of blocks that changed since the last commit.
+    pub uncommitted_runs: usize,
+}
+
+/// What becomes of a disk.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum DiskState {
+    /// It is being opened or closed.
+    Changing,
+    /// It serves.
+    Open,
+    /// A sync of the host's disk has failed: it refuses writes until it is opened again.
+    Latched,
+    /// It could not be opened when somebody last tried, for this reason.
+    Refused(String),
 }
 
 /// A disk that this thread opens or closes. Dropped, even by a panic, it leaves the disk closed and lets others try.
@@ -152,7 +188,9 @@ impl OpenDisks {
         states.insert(key.clone(), State::Opening);
         drop(states);
         let in_change = InChange { disks: self, key: key.clone() };
-        let disk = Arc::new(OpenDisk { key: key.clone(), disk: open()?, dirty: AtomicBool::new(false) });
+        let opened = open().inspect_err(|error| self.note_refused(key, error))?;
+        self.refused.lock().remove(&key.to_string());
+        let disk = Arc::new(OpenDisk { key: key.clone(), disk: opened, dirty: AtomicBool::new(false) });
         in_change.end_open(&disk);
         Ok(disk)
     }
@@ -199,6 +237,7 @@ impl OpenDisks {
     fn put(&self, disk: Arc<OpenDisk>) -> Result<()> {
         let Some(last) = Arc::into_inner(disk) else { return Ok(()) };
         let closing = InChange { disks: self, key: last.key };
+        self.closed.lock().add(last.disk.commit_counts());
         last.disk.close().context(|| format!("close {}", closing.key))
     }
 
@@ -221,6 +260,46 @@ impl OpenDisks {
             Some(State::Open { disk, .. }) => Some(Arc::clone(disk)),
             Some(State::Opening | State::Closing) | None => None,
         }
+    }
+
+    fn note_refused(&self, key: &DiskKey, error: &Error) {
+        let mut refused = self.refused.lock();
+        if refused.len() < REFUSED_MAX && error.kind() != ErrorKind::NotFound {
+            refused.insert(key.to_string(), error.to_string());
+        }
+    }
+
+    /// Every disk in use, and those that could not be opened, by name; and what all disks have committed so far. Waits for
+    /// nobody's I/O and keeps no disk open.
+    pub fn figures(&self) -> (Vec<DiskFigures>, CommitCounts) {
+        let mut counts = *self.closed.lock();
+        let refused = self.refused.lock().clone().into_iter().map(|(name, why)| DiskFigures {
+            name,
+            state: DiskState::Refused(why),
+            handles: 0,
+            size: 0,
+            uncommitted_runs: 0,
+        });
+        let mut disks: Vec<DiskFigures> = refused.collect();
+        for (key, state) in self.states.lock().iter() {
+            let mut figures = DiskFigures {
+                name: key.to_string(),
+                state: DiskState::Changing,
+                handles: 0,
+                size: 0,
+                uncommitted_runs: 0,
+            };
+            if let State::Open { disk, handles } = state {
+                let disk = disk.disk();
+                counts.add(disk.commit_counts());
+                figures.state = if disk.is_latched() { DiskState::Latched } else { DiskState::Open };
+                (figures.handles, figures.size) = (*handles, disk.size());
+                figures.uncommitted_runs = disk.uncommitted_runs();
+            }
+            disks.push(figures);
+        }
+        disks.sort_by(|one, other| one.name.cmp(&other.name));
+        (disks, counts)
     }
 
     /// Flushes every disk that was written since its last flush.

@@ -119,6 +119,11 @@ impl AllocMap {
         }
     }
 
+    /// How many runs wait for a commit.
+    pub fn uncommitted_runs(&self) -> usize {
+        self.uncommitted.lock().len()
+    }
+
     /// Whether so many changes wait for a commit that the writer should make one.
     pub fn commit_overdue(&self) -> bool {
         self.uncommitted.lock().len() >= UNCOMMITTED_RUNS_MAX

@@ -8,7 +8,7 @@
 //!
 //! A crash before 3 has ended leaves the map of the commit before (I2, I3).
 
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use super::Overlay;
 use super::alloc_map::pages_of_runs;
@@ -17,7 +17,55 @@ use crate::error::{Context, Error, ErrorKind, Result};
 use crate::storage::{LatchedStorage, Storage};
 use crate::units::BlockSpan;
 
+/// What an overlay has done to make writes durable since it was opened.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct CommitCounts {
+    /// Syncs of the data file that had no change of the map to commit.
+    pub syncs: u64,
+    /// Records appended to the journal, each after a sync of the data file.
+    pub records: u64,
+    /// Checkpoints.
+    pub checkpoints: u64,
+}
+
+impl CommitCounts {
+    /// Adds another overlay's.
+    pub fn add(&mut self, other: Self) {
+        self.syncs += other.syncs;
+        self.records += other.records;
+        self.checkpoints += other.checkpoints;
+    }
+}
+
+/// [`CommitCounts`] as they grow.
+#[derive(Debug, Default)]
+pub(super) struct Commits {
+    syncs: AtomicU64,
+    records: AtomicU64,
+    checkpoints: AtomicU64,
+}
+
 impl Overlay {
+    /// What was done so far to make writes durable. Takes no lock.
+    pub fn commit_counts(&self) -> CommitCounts {
+        let Commits { syncs, records, checkpoints } = &self.commits;
+        CommitCounts {
+            syncs: syncs.load(Ordering::Relaxed),
+            records: records.load(Ordering::Relaxed),
+            checkpoints: checkpoints.load(Ordering::Relaxed),
+        }
+    }
+
+    /// How many runs of blocks have changed since the last commit. Waits for no I/O.
+    pub fn uncommitted_runs(&self) -> usize {
+        self.blocks.map().uncommitted_runs()
+    }
+
+    /// Whether a sync has failed, so that writes are refused until the overlay is opened again.
+    pub fn is_latched(&self) -> bool {
+        self.latch.is_closed()
+    }
+
     /// Makes every write that was completed before the call durable. Callers that wait for each other share one commit.
     ///
     /// # Errors
@@ -119,9 +167,17 @@ impl Overlay {
             Some(changes) => {
                 // Data first: a record that survives a crash must never name data that did not (I2).
                 sync_data()?;
-                if changes.is_empty() { Ok(()) } else { durable.append(changes) }
+                if changes.is_empty() {
+                    self.commits.syncs.fetch_add(1, Ordering::Relaxed);
+                    return Ok(());
+                }
+                self.commits.records.fetch_add(1, Ordering::Relaxed);
+                durable.append(changes)
             }
-            None => durable.checkpoint(&pages_of_runs(runs), |page| map.snapshot(page), sync_data),
+            None => {
+                self.commits.checkpoints.fetch_add(1, Ordering::Relaxed);
+                durable.checkpoint(&pages_of_runs(runs), |page| map.snapshot(page), sync_data)
+            }
         }
     }
 

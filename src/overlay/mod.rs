@@ -24,12 +24,14 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 pub use base::BaseImage;
 pub use check::{LayerReport, Usage, check as check_layer, repair as repair_layer};
+pub use commit::CommitCounts;
 pub use durable_map::read_superblock;
 pub use map_reader::MapReader;
 pub use states::Extent;
 
 use block_locks::BlockLocks;
 use blocks::Blocks;
+use commit::Commits;
 
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::format::{BaseRef, BlockState, LayerId, Superblock};
@@ -69,6 +71,7 @@ pub struct Overlay {
     flush_tickets: AtomicU64,
     /// Flushes that a completed commit has covered; changed only with the durable map's lock held.
     flushed_tickets: AtomicU64,
+    commits: Commits,
 }
 
 impl Overlay {

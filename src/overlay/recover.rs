@@ -15,7 +15,7 @@ use super::alloc_map::AllocMap;
 use super::base::BaseImage;
 use super::block_locks::BlockLocks;
 use super::blocks::Blocks;
-use super::commit::extend;
+use super::commit::{Commits, extend};
 use super::durable_map::DurableMap;
 use super::live_map::{Binding, LiveMap, TakeUp, current_boot};
 use super::states::SparseStates;
@@ -115,6 +115,7 @@ fn open(
         latch,
         flush_tickets: AtomicU64::new(0),
         flushed_tickets: AtomicU64::new(0),
+        commits: Commits::default(),
     })
 }
 

@@ -14,7 +14,9 @@ use super::names::{DiskName, ObjectName};
 use super::plain::PlainDisk;
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::format::{BaseRef, BlockState, LayerId};
-use crate::overlay::{BaseImage, LayerFiles, MapReader, Overlay, live_map_name, read_superblock};
+use crate::overlay::{
+    BaseImage, CommitCounts, LayerFiles, MapReader, Overlay, live_map_name, read_superblock,
+};
 use crate::storage::{FileStorage, Storage};
 
 /// How often the lock of a disk is tried: a check takes it for an instant to see whether it is free.
@@ -179,6 +181,27 @@ impl Disk {
         match self {
             Self::Overlay(overlay) => overlay.checkpoint(),
             Self::Plain(plain) => plain.flush(),
+        }
+    }
+
+    /// See [`Overlay::is_latched`].
+    pub fn is_latched(&self) -> bool {
+        both!(self, disk => disk.is_latched())
+    }
+
+    /// See [`Overlay::commit_counts`]; a disk that is no overlay commits nothing.
+    pub fn commit_counts(&self) -> CommitCounts {
+        match self {
+            Self::Overlay(overlay) => overlay.commit_counts(),
+            Self::Plain(_) => CommitCounts::default(),
+        }
+    }
+
+    /// See [`Overlay::uncommitted_runs`]; 0 for a disk that is no overlay.
+    pub fn uncommitted_runs(&self) -> usize {
+        match self {
+            Self::Overlay(overlay) => overlay.uncommitted_runs(),
+            Self::Plain(_) => 0,
         }
     }
 

@@ -61,6 +61,11 @@ impl PlainDisk {
         self.size.load(Ordering::Acquire)
     }
 
+    /// Whether a sync has failed, so that writes are refused until the disk is opened again.
+    pub fn is_latched(&self) -> bool {
+        self.latch.is_closed()
+    }
+
     /// Bytes of the host's disk that it takes.
     ///
     /// # Errors

@@ -26,8 +26,7 @@ fn damage_is_named_with_what_to_do_and_makes_the_check_fail() {
     assert!(shown.contains("damage: instance inst: "), "{shown}");
     assert!(shown.contains("    data is lost or at risk; no repair: "), "{shown}");
     assert!(said.contains(": 1 finding to be looked at\n"), "{said}");
-    let report: serde_json::Value =
-        serde_json::from_slice(&place.run(&["check", "--json"]).stdout).unwrap();
+    let report: serde_json::Value = serde_json::from_slice(&place.run(&["check", "--json"]).stdout).unwrap();
     assert_eq!((&report["clean"], &report["findings"][0]["repairable"]), (&false.into(), &false.into()));
 }
 

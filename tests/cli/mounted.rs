@@ -11,7 +11,7 @@ use super::{Place, text};
 pub struct Mounted(pub Place);
 
 impl Mounted {
-    fn new() -> Self {
+    pub fn new() -> Self {
         let place = Place::furnished();
         assert_eq!(place.works(&["mount", &place.path("mnt")]), "");
         Self(place)

@@ -1,0 +1,81 @@
+//! `cowdisk status`.
+
+use std::path::{Path, PathBuf};
+
+use serde::Serialize;
+
+use super::Session;
+use super::args::StatusArgs;
+use crate::daemon::{self, DiskStatus, Status};
+use crate::error::{Context as _, Error, ErrorKind, Result};
+use crate::store::Store;
+use crate::units::HumanBytes;
+
+/// A store as `--json` shows it.
+#[derive(Debug, Serialize)]
+struct StatusView {
+    store: PathBuf,
+    mounted: bool,
+    /// What the daemon tells; null if the store is not mounted.
+    daemon: Option<Status>,
+}
+
+/// Prints how a store is served.
+pub(super) fn run(session: &mut Session, args: &StatusArgs) -> Result<()> {
+    let store = match &args.mountpoint {
+        None => session.open_store()?,
+        Some(mountpoint) => Store::open(&store_mounted_on(mountpoint)?)?,
+    };
+    let status = daemon::status(&store)?;
+    if args.form.json {
+        let store = store.dir().to_owned();
+        return session.output.json(&StatusView { store, mounted: status.is_some(), daemon: status });
+    }
+    match status {
+        None => session.output.line(&format!("store {}: not mounted", store.dir().display())),
+        Some(status) => show(session, &status),
+    }
+}
+
+fn store_mounted_on(mountpoint: &Path) -> Result<PathBuf> {
+    let path = std::path::absolute(mountpoint).context(|| format!("find {}", mountpoint.display()))?;
+    let mounts = daemon::mounts()?;
+    let mount = mounts.into_iter().rev().find(|mount| mount.is_ours() && mount.mountpoint == path);
+    mount.map(|mount| mount.source).ok_or_else(|| {
+        let message = format!("{}: no store is mounted there", mountpoint.display());
+        Error::new(ErrorKind::NotFound, message)
+    })
+}
+
+fn show(session: &mut Session, status: &Status) -> Result<()> {
+    let host = &status.host;
+    let full = if host.nearly_full { ", nearly full" } else { "" };
+    let left = format!("{} left for disks, {} % used{full}", HumanBytes(host.left), host.used_percent);
+    session.output.properties(&[
+        ("store", status.store.display().to_string()),
+        ("mounted on", status.mountpoint.display().to_string()),
+        ("daemon", format!("process {}, cowdisk {}", status.pid, status.version)),
+        ("since", status.started.to_string()),
+        ("options", status.options.clone()),
+        ("host's file system", left),
+        ("instances", status.instances.to_string()),
+        ("open files", status.open_files.to_string()),
+    ])?;
+    if status.disks.is_empty() {
+        return session.output.line("no disk is in use");
+    }
+    let rows: Vec<Vec<String>> = status.disks.iter().map(row).collect();
+    session.output.line("")?;
+    session.output.table(&["DISK", "STATE", "SIZE", "HANDLES", "UNCOMMITTED", "REASON"], &[2, 3, 4], &rows)
+}
+
+fn row(disk: &DiskStatus) -> Vec<String> {
+    vec![
+        disk.name.clone(),
+        disk.state.clone(),
+        HumanBytes(disk.size).to_string(),
+        disk.handles.to_string(),
+        disk.uncommitted_runs.to_string(),
+        disk.reason.clone().unwrap_or_default(),
+    ]
+}

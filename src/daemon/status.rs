@@ -1,0 +1,144 @@
+//! What a daemon tells about itself: as JSON for programs and for `cowdisk status`.
+
+use std::path::{Path, PathBuf};
+
+use serde::{Deserialize, Serialize};
+
+use super::options::MountOptions;
+use crate::error::Result;
+use crate::fs::{DiskState, Fs};
+use crate::store::{SpaceNow, Timestamp};
+
+/// A daemon that serves a store. Sizes are bytes.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Status {
+    /// Its version.
+    pub version: String,
+    /// Its process id.
+    pub pid: u32,
+    /// The directory of the store.
+    pub store: PathBuf,
+    /// Where it is mounted.
+    pub mountpoint: PathBuf,
+    /// When it began to serve, as RFC 3339.
+    pub started: Timestamp,
+    /// How it is mounted, as `-o` takes it.
+    pub options: String,
+    /// The host's filesystem.
+    pub host: HostStatus,
+    /// Instances of the store.
+    pub instances: usize,
+    /// Files and directories that are open.
+    pub open_files: usize,
+    /// Disks in use and disks that could not be opened. All others are idle.
+    pub disks: Vec<DiskStatus>,
+}
+
+/// The space of the host's filesystem. Sizes are bytes.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct HostStatus {
+    /// All of it.
+    pub size: u64,
+    /// What is in use.
+    pub used: u64,
+    /// That as a percentage of what is not kept for root.
+    pub used_percent: u8,
+    /// What others than root may take.
+    pub available: u64,
+    /// What guests' writes leave free.
+    pub reserve: u64,
+    /// What guests may still fill.
+    pub left: u64,
+    /// Percentage of use from which on there are warnings.
+    pub high_water_percent: u8,
+    /// Whether it is reached, or little more than the reserve is left.
+    pub nearly_full: bool,
+}
+
+/// A disk in use, or one that could not be opened.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DiskStatus {
+    /// `INSTANCE/DISK`.
+    pub name: String,
+    /// `open`; `changing` (being opened or closed); `latched` (a sync of the host's disk failed: it refuses writes until it
+    /// is opened again); `refused` (it could not be opened when somebody last tried).
+    pub state: String,
+    /// Why, if it is refused.
+    pub reason: Option<String>,
+    /// Handles that share it.
+    pub handles: usize,
+    /// Bytes of the disk; 0 if it is not open.
+    pub size: u64,
+    /// Runs of blocks that changed since the last commit of its map.
+    pub uncommitted_runs: usize,
+}
+
+impl From<&SpaceNow> for HostStatus {
+    fn from(now: &SpaceNow) -> Self {
+        Self {
+            size: now.host.total,
+            used: now.used(),
+            used_percent: now.used_percent(),
+            available: now.host.available,
+            reserve: now.reserve,
+            left: now.left(),
+            high_water_percent: now.high_water_percent,
+            nearly_full: now.is_high(),
+        }
+    }
+}
+
+/// What of a daemon's status never changes.
+#[derive(Clone, Debug)]
+pub(super) struct Identity {
+    store: PathBuf,
+    mountpoint: PathBuf,
+    started: Timestamp,
+    options: String,
+}
+
+impl Identity {
+    /// That of this process, which begins to serve now.
+    pub(super) fn new(store: &Path, mountpoint: &Path, options: &MountOptions) -> Self {
+        let (store, mountpoint) = (store.to_owned(), mountpoint.to_owned());
+        Self { store, mountpoint, started: Timestamp::now(), options: options.to_string() }
+    }
+
+    /// When it began to serve.
+    pub(super) fn started(&self) -> Timestamp {
+        self.started
+    }
+
+    /// The status as it is now.
+    pub(super) fn status(&self, fs: &Fs) -> Result<Status> {
+        let (disks, _) = fs.disk_figures();
+        let disks = disks.into_iter().map(|disk| {
+            let (state, reason) = match disk.state {
+                DiskState::Open => ("open", None),
+                DiskState::Changing => ("changing", None),
+                DiskState::Latched => ("latched", None),
+                DiskState::Refused(reason) => ("refused", Some(reason)),
+            };
+            DiskStatus {
+                name: disk.name,
+                state: state.to_owned(),
+                reason,
+                handles: disk.handles,
+                size: disk.size,
+                uncommitted_runs: disk.uncommitted_runs,
+            }
+        });
+        Ok(Status {
+            version: env!("CARGO_PKG_VERSION").to_owned(),
+            pid: std::process::id(),
+            store: self.store.clone(),
+            mountpoint: self.mountpoint.clone(),
+            started: self.started,
+            options: self.options.clone(),
+            host: HostStatus::from(&fs.look_at_space()?),
+            instances: fs.count_instances()?,
+            open_files: fs.open_files(),
+            disks: disks.collect(),
+        })
+    }
+}

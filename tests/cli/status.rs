@@ -1,0 +1,218 @@
+//! What a daemon tells about itself, and that whoever asks badly is refused and holds nobody up.
+
+use std::fs::{self, File};
+use std::io::{Read as _, Write as _};
+use std::os::unix::fs::{FileExt as _, MetadataExt as _};
+use std::os::unix::net::UnixStream;
+use std::path::PathBuf;
+use std::process::Command;
+use std::time::Duration;
+
+use super::mounted::{Mounted, may_mount};
+use super::{Place, text};
+
+/// The one folder in the run directory that is the store's.
+fn socket(place: &Place) -> PathBuf {
+    let folder = fs::read_dir(place.run.path()).unwrap().next().unwrap().unwrap().path();
+    folder.join("control.sock")
+}
+
+fn connect(place: &Place) -> UnixStream {
+    let stream = UnixStream::connect(socket(place)).unwrap();
+    stream.set_read_timeout(Some(Duration::from_secs(60))).unwrap();
+    stream
+}
+
+/// Everything that comes back for `request`, until the connection ends.
+fn ask(place: &Place, request: &[u8]) -> String {
+    let mut stream = connect(place);
+    // A daemon that has refused already no longer listens.
+    let _ = stream.write_all(request);
+    answer(stream)
+}
+
+fn answer(mut stream: UnixStream) -> String {
+    let mut bytes = Vec::new();
+    // What was not read when the other side closed resets the connection, after the answer.
+    let _ = stream.read_to_end(&mut bytes);
+    text(&bytes)
+}
+
+fn metric(page: &str, name: &str) -> u64 {
+    let line = page.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(' '));
+    line.unwrap_or_else(|| panic!("no {name} in\n{page}")).parse().unwrap()
+}
+
+fn metrics(place: &Place) -> String {
+    let response = ask(place, b"GET /metrics HTTP/1.1\r\nHost: x\r\n\r\n");
+    let (head, body) = response.split_once("\r\n\r\n").unwrap();
+    assert!(head.starts_with("HTTP/1.1 200 OK\r\nContent-Type: text/plain; version=0.0.4\r\n"), "{head}");
+    body.to_owned()
+}
+
+#[test]
+fn status_shows_a_mounted_and_an_unmounted_store() {
+    if !may_mount() {
+        return;
+    }
+    let place = Place::furnished();
+    assert!(place.works(&["status"]).ends_with("store: not mounted\n"));
+    let status = place.json(&["status", "--json"]);
+    assert_eq!((&status["mounted"], &status["daemon"]), (&false.into(), &serde_json::Value::Null));
+    place.run(&["mount", "-o", "reserve=3M,threads=2", &place.path("mnt")]);
+    let mounted = Mounted(place);
+    let place = &mounted.0;
+    let disk = File::options().read(true).write(true).open(place.path("mnt/instances/inst/disk")).unwrap();
+    disk.write_all_at(&[7; 4096], 8192).unwrap();
+    for arguments in [&["status", "--json"][..], &["status", "--json", &place.path("mnt")]] {
+        let status = place.json(arguments);
+        let daemon = &status["daemon"];
+        assert_eq!((&status["mounted"], &daemon["instances"]), (&true.into(), &2.into()));
+        assert_eq!(daemon["mountpoint"], place.path("mnt"));
+        assert_eq!(daemon["host"]["reserve"], 3 << 20);
+        assert!(daemon["options"].as_str().unwrap().contains("threads=2"));
+        assert_eq!(daemon["disks"].as_array().unwrap().len(), 1);
+        let disk = &daemon["disks"][0];
+        assert_eq!((&disk["name"], &disk["state"]), (&"inst/disk".into(), &"open".into()));
+        assert_eq!((&disk["handles"], &disk["size"]), (&1.into(), &(1 << 20).into()));
+    }
+    let shown = place.works(&["status"]);
+    assert!(shown.contains("inst/disk  open"), "{shown}");
+    drop(disk);
+    mounted.umount();
+    assert!(!socket(&mounted.0).exists(), "the socket goes with the daemon");
+    let wrong = mounted.0.run(&["status", &mounted.0.path("mnt")]);
+    assert_eq!(wrong.status.code(), Some(1));
+    assert!(text(&wrong.stderr).ends_with("mnt: no store is mounted there\n"), "{}", text(&wrong.stderr));
+}
+
+#[test]
+fn a_disk_that_cannot_be_opened_is_shown_with_the_reason_until_it_can() {
+    if !may_mount() {
+        return;
+    }
+    let mounted = Mounted::new();
+    let place = &mounted.0;
+    let disk = place.path("mnt/instances/inst/disk");
+    let base = fs::read_dir(place.path("store/bases")).unwrap().next().unwrap().unwrap().path();
+    let touched = Command::new("touch").args(["-d", "1999-12-31"]).arg(base.join("base.raw")).status();
+    assert!(touched.unwrap().success());
+    File::open(&disk).unwrap_err();
+    let status = place.json(&["status", "--json"]);
+    let shown = &status["daemon"]["disks"][0];
+    assert_eq!((&shown["name"], &shown["state"]), (&"inst/disk".into(), &"refused".into()));
+    assert!(shown["reason"].as_str().unwrap().contains("modification time"), "{shown}");
+    place.works(&["image", "verify", "img"]);
+    let open = File::open(&disk).unwrap();
+    let status = place.json(&["status", "--json"]);
+    assert_eq!(status["daemon"]["disks"][0]["state"], "open");
+    drop(open);
+    mounted.umount();
+}
+
+#[test]
+fn metrics_count_what_guests_do() {
+    if !may_mount() {
+        return;
+    }
+    let mounted = Mounted::new();
+    let place = &mounted.0;
+    let before = metrics(place);
+    let writes = "cowdisk_requests_total{operation=\"write\",ending=\"done\"}";
+    assert_eq!((metric(&before, writes), metric(&before, "cowdisk_disks{state=\"open\"}")), (0, 0));
+    let disk = File::options().read(true).write(true).open(place.path("mnt/instances/inst/disk")).unwrap();
+    for block in 0..5 {
+        disk.write_all_at(&[7; 4096], block * 8192).unwrap();
+    }
+    let page = metrics(place);
+    assert_eq!(metric(&page, "cowdisk_uncommitted_runs"), 5);
+    disk.sync_all().unwrap();
+    disk.write_all_at(&[7; 4096], 0).unwrap();
+    disk.sync_all().unwrap();
+    assert_eq!(disk.write_all_at(&[7; 4096], 1 << 20).unwrap_err().raw_os_error(), Some(27));
+    let page = metrics(place);
+    assert_eq!(
+        (metric(&page, writes), metric(&page, "cowdisk_bytes_total{operation=\"write\"}")),
+        (6, 6 * 4096)
+    );
+    assert_eq!(metric(&page, "cowdisk_requests_total{operation=\"write\",ending=\"other_error\"}"), 1);
+    assert!(metric(&page, "cowdisk_requests_total{operation=\"sync\",ending=\"done\"}") >= 2);
+    assert_eq!(metric(&page, "cowdisk_commits_total{kind=\"record\"}"), 1);
+    assert!(metric(&page, "cowdisk_commits_total{kind=\"sync\"}") >= 1);
+    assert_eq!(
+        (metric(&page, "cowdisk_disks{state=\"open\"}"), metric(&page, "cowdisk_uncommitted_runs")),
+        (1, 0)
+    );
+    drop(disk);
+    // What a disk has done is counted after it was closed, too: counters never fall.
+    while metric(&metrics(place), "cowdisk_disks{state=\"open\"}") > 0 {}
+    assert!(metric(&metrics(place), "cowdisk_commits_total{kind=\"record\"}") >= 1);
+    let host = rustix::fs::statvfs(place.path("store")).unwrap();
+    assert_eq!(metric(&page, "cowdisk_host_bytes{kind=\"size\"}"), host.f_blocks * host.f_frsize);
+    for name in ["cowdisk_build_info{version=\"0.1.0\"}", "cowdisk_instances", "cowdisk_host_nearly_full"] {
+        metric(&page, name);
+    }
+    mounted.umount();
+}
+
+#[test]
+fn whoever_asks_badly_is_refused_and_holds_nobody_up() {
+    if !may_mount() {
+        return;
+    }
+    let mounted = Mounted::new();
+    let place = &mounted.0;
+    let socket = socket(place).metadata().unwrap();
+    assert_eq!((socket.mode() & 0o777, socket.uid()), (0o600, 0));
+    let garbage: Vec<u8> = (0..=255u8).cycle().take(100_000).collect();
+    let long = [b"GET /metrics HTTP/1.1\r\nX: ".as_slice(), &vec![b'y'; 1 << 20]].concat();
+    for (request, code) in [
+        (garbage.as_slice(), "400"),
+        (&long, "431"),
+        (b"DELETE /metrics HTTP/1.1\r\n\r\n", "405"),
+        (b"GET /store/../../etc/passwd HTTP/1.1\r\n\r\n", "404"),
+        (b"\0\0\0\0", "400"),
+    ] {
+        let answer = ask(place, request);
+        assert!(answer.is_empty() || answer.starts_with(&format!("HTTP/1.1 {code} ")), "{answer}");
+    }
+    // As many as are answered at once say nothing; one more is refused, and guests notice nothing.
+    let silent: Vec<UnixStream> = (0..8).map(|_| connect(place)).collect();
+    let refused = answer(connect(place));
+    assert!(refused.starts_with("HTTP/1.1 503 "), "{refused}");
+    let disk = File::options().read(true).write(true).open(place.path("mnt/instances/inst/disk")).unwrap();
+    disk.write_all_at(&[7; 4096], 0).unwrap();
+    disk.sync_all().unwrap();
+    drop(disk);
+    // They are not waited for without end; then there is a turn for others again.
+    for stream in silent {
+        let late = answer(stream);
+        assert!(late.starts_with("HTTP/1.1 408 "), "{late}");
+    }
+    while !ask(place, b"GET /v1/status HTTP/1.1\r\n\r\n").starts_with("HTTP/1.1 200 ") {}
+    // Whoever hangs up in the middle, too.
+    for _ in 0..100 {
+        connect(place).write_all(b"GET /v1/st").unwrap();
+    }
+    while !ask(place, b"GET /v1/status HTTP/1.1\r\n\r\n").starts_with("HTTP/1.1 200 ") {}
+    mounted.umount();
+}
+
+#[test]
+fn a_socket_that_a_killed_daemon_left_is_replaced() {
+    if !may_mount() {
+        return;
+    }
+    let mounted = Mounted::new();
+    let place = &mounted.0;
+    let pid = || place.json(&["status", "--json"])["daemon"]["pid"].as_i64().unwrap();
+    let first = pid();
+    let process = rustix::process::Pid::from_raw(i32::try_from(first).unwrap()).unwrap();
+    rustix::process::kill_process(process, rustix::process::Signal::KILL).unwrap();
+    // While its process ends it is neither there nor gone.
+    while !text(&place.run(&["status"]).stdout).ends_with("not mounted\n") {}
+    assert!(socket(place).exists());
+    place.works(&["mount", &place.path("mnt")]);
+    assert_ne!(pid(), first);
+    mounted.umount();
+}

@@ -5,8 +5,8 @@ use std::os::unix::fs::PermissionsExt as _;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
-use crate::arguments::Request;
-use crate::{Exit, Refusal};
+use mount_cowdisk::arguments::Request;
+use mount_cowdisk::{Exit, Refusal};
 
 /// Where cowdisk is looked for beside the helper's own folder and PATH: mount(8) may run with a minimal PATH.
 const FOLDERS: [&str; 6] = ["/usr/local/sbin", "/usr/local/bin", "/usr/sbin", "/usr/bin", "/sbin", "/bin"];

@@ -8,39 +8,12 @@
 //! disks can be read is for cowdisk to say. mount(8) has decoded the octal escapes of fstab before it comes here, so a
 //! backslash in a path is a backslash.
 
-mod arguments;
 mod command;
 
 use std::ffi::OsString;
 use std::process::ExitCode;
 
-/// Exit codes of mount(8), see its manual page.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Exit {
-    /// The disks can be read.
-    Mounted = 0,
-    /// The helper was called in a wrong way.
-    Usage = 1,
-    /// Something on this system is missing, such as the cowdisk command.
-    System = 2,
-    /// cowdisk refused to mount, or failed to.
-    Failed = 32,
-}
-
-/// Why nothing was mounted: the exit code and the line for the user. No line if cowdisk has said it already.
-#[derive(Debug)]
-pub struct Refusal {
-    /// What mount(8) is told.
-    pub exit: Exit,
-    /// What the user is told.
-    pub message: Option<String>,
-}
-
-impl Refusal {
-    fn new(exit: Exit, message: impl Into<String>) -> Self {
-        Self { exit, message: Some(message.into()) }
-    }
-}
+use mount_cowdisk::{Exit, arguments};
 
 fn main() -> ExitCode {
     let arguments: Vec<OsString> = std::env::args_os().skip(1).collect();

@@ -87,12 +87,12 @@ impl JournalRecord {
             && u64_at(journal, SEQUENCE) == sequence
     }
 
-    /// Reads the record at the start of `journal`, of a disk that can grow to `blocks_max` blocks. `None` where there
+    /// Reads the record at the start of `journal`, of a disk of `disk_blocks` blocks. `None` where there
     /// is no valid record: the end of the journal, or a record that a crash tore.
     ///
     /// # Errors
     /// [`ErrorKind::Corrupt`] if the checksum fits but a value is out of its range.
-    pub fn decode(layer: LayerId, blocks_max: u64, journal: &[u8]) -> Result<Option<Self>> {
+    pub fn decode(layer: LayerId, disk_blocks: u64, journal: &[u8]) -> Result<Option<Self>> {
         let Some(bytes) = whole_record(layer, journal) else { return Ok(None) };
         let sequence = u64_at(bytes, SEQUENCE);
         let corrupt =
@@ -101,6 +101,9 @@ impl JournalRecord {
         let room = (bytes.len() - CHANGES - CHECKSUM_BYTES) / CHANGE_BYTES;
         if count > room {
             return Err(corrupt("more changes than fit into it"));
+        }
+        if record_bytes_for(count) != bytes.len() as u64 {
+            return Err(corrupt("longer than its changes need"));
         }
         let (used, rest) = bytes[CHANGES..bytes.len() - CHECKSUM_BYTES].split_at(count * CHANGE_BYTES);
         if bytes[RESERVED..CHANGES].iter().chain(rest).any(|&byte| byte != 0) {
@@ -111,7 +114,7 @@ impl JournalRecord {
             let (first, blocks) = (u64_at(place, CHANGE_FIRST), u64::from(u32_at(place, CHANGE_BLOCKS)));
             let state = Some(place[CHANGE_STATE]).filter(|&state| state < 3);
             let state = state.and_then(|state| BlockState::from_bits(u64::from(state)));
-            let end = first.checked_add(blocks).filter(|&end| end <= blocks_max && blocks > 0);
+            let end = first.checked_add(blocks).filter(|&end| end <= disk_blocks && blocks > 0);
             let reserved_zero = place[CHANGE_RESERVED..].iter().all(|&byte| byte == 0);
             match (state, end) {
                 (Some(state), Some(end)) if reserved_zero => {
@@ -178,8 +181,19 @@ mod tests {
         assert_eq!(JournalRecord::decode(LAYER, 1 << 20, &[]).expect("not corrupt"), None);
     }
 
+    /// Such a record was taken, and the next one looked for within it.
     #[test]
-    fn a_change_past_the_largest_disk_is_corrupt() {
+    fn a_record_longer_than_its_changes_need_is_corrupt() {
+        let mut bytes = record(1).encode(LAYER);
+        bytes.resize(2 * JOURNAL_BLOCK_BYTES, 0);
+        bytes[JOURNAL_BLOCK_BYTES - CHECKSUM_BYTES..].fill(0);
+        bytes[BYTES..COUNT].copy_from_slice(&8192u32.to_le_bytes());
+        Checksum::seal(LAYER, &mut bytes);
+        assert!(JournalRecord::decode(LAYER, 1 << 20, &bytes).is_err());
+    }
+
+    #[test]
+    fn a_change_past_the_end_of_the_disk_is_corrupt() {
         let bytes = record(10).encode(LAYER);
         assert!(JournalRecord::decode(LAYER, 20, &bytes).is_err());
     }

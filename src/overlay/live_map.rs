@@ -316,7 +316,13 @@ fn read_pages(path: &Path, file: &File, pages: u64) -> Result<SparseStates> {
         }
         at = HEADER_BYTES as u64 + page * PAGE_BYTES as u64;
         let mut bytes = [0; PAGE_BYTES];
-        file.read_exact_at(&mut bytes, at).context(|| format!("read live map {name}"))?;
+        match file.read_exact_at(&mut bytes, at) {
+            Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => {
+                let message = format!("live map {name}: cut short in page {page}");
+                return Err(Error::new(ErrorKind::Corrupt, message));
+            }
+            other => other.context(|| format!("read live map {name}"))?,
+        }
         let mut words = Box::new([0; PAGE_WORDS]);
         for (word, bytes) in words.iter_mut().zip(bytes.chunks_exact(8)) {
             *word = u64::from_le_bytes(bytes.try_into().expect("chunks of 8"));

@@ -67,6 +67,13 @@ pub enum MapFault {
         /// Its number.
         sequence: u64,
     },
+    /// A block behind the disk's end has a state of its own.
+    BehindEnd {
+        /// The block.
+        block: u64,
+        /// Blocks of the disk.
+        blocks: u64,
+    },
     /// A record is whole, but says what cannot be.
     RecordInvalid {
         /// What it says.
@@ -82,6 +89,9 @@ impl std::fmt::Display for MapFault {
                 "map: the pages are not those of the last checkpoint (one is damaged, lost or stale)",
             ),
             Self::RecordLost { sequence } => write!(f, "journal: record {sequence} is damaged or lost"),
+            Self::BehindEnd { block, blocks } => {
+                write!(f, "the map names block {block} of a disk of {blocks} blocks")
+            }
             Self::RecordInvalid { message } => f.write_str(message),
         }
     }
@@ -179,8 +189,10 @@ impl MapScan {
         let len = usize::try_from(superblock.journal_bytes).expect("checked by decode: at most 1 MiB");
         let mut journal = vec![0; len];
         storage.read_at(JOURNAL_OFFSET, &mut journal)?;
-        let blocks_max = superblock.geometry.blocks_max();
-        let decode = |at: usize| JournalRecord::decode(superblock.layer, blocks_max, &journal[at..]);
+        // Of the disk as it is: a larger size is durable before the first change beyond the old one.
+        let blocks = superblock.geometry.blocks();
+        let decode = |at: usize| JournalRecord::decode(superblock.layer, blocks, &journal[at..]);
+        let mut changes = Vec::new();
         let mut at = 0;
         while at < len {
             let record = match decode(at) {
@@ -191,12 +203,14 @@ impl MapScan {
                     return Ok(());
                 }
             };
-            for &change in &record.changes {
-                self.states.apply(change);
-            }
-            self.stale.extend(pages_of(&record.changes));
             self.next_sequence += 1;
             at += usize::try_from(record_bytes_for(record.changes.len())).expect("it was in memory");
+            changes.extend(record.changes);
+        }
+        self.states.apply_all(&changes);
+        self.stale.extend(pages_of(&changes));
+        if let Some(block) = self.states.block_behind(blocks) {
+            self.faults.push(MapFault::BehindEnd { block, blocks });
         }
         self.journal_used = at as u64;
         self.record_cut = JournalRecord::begins(self.next_sequence, journal.get(at..).unwrap_or_default());
@@ -217,8 +231,16 @@ impl MapScan {
     }
 }
 
-/// The pages that describe the blocks of `changes`.
+/// The pages that describe the blocks of `changes`, each once, in order.
 pub fn pages_of(changes: &[Change]) -> impl Iterator<Item = u64> {
     let page = |block: u64| block / BLOCKS_PER_PAGE;
-    changes.iter().flat_map(move |change| page(change.span.start)..=page(change.span.end - 1))
+    let mut runs: Vec<(u64, u64)> =
+        changes.iter().map(|change| (page(change.span.start), page(change.span.end - 1))).collect();
+    runs.sort_unstable();
+    let mut next = 0;
+    runs.into_iter().flat_map(move |(first, last)| {
+        let pages = first.max(next)..last + 1;
+        next = next.max(last + 1);
+        pages
+    })
 }

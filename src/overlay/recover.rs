@@ -18,6 +18,7 @@ use super::blocks::Blocks;
 use super::commit::{Commits, extend};
 use super::durable_map::DurableMap;
 use super::live_map::{Binding, LiveMap, TakeUp, current_boot};
+use super::map_scan::MapFault;
 use super::states::SparseStates;
 use super::{LayerFiles, Overlay};
 use crate::error::{Context, Error, ErrorKind, Result};
@@ -86,6 +87,10 @@ fn open(
     };
     let map = if let TakeUp::Taken(live, live_states) = found {
         log::info!("disk {name}: taking up where an earlier daemon left off");
+        if let Some(block) = live_states.block_behind(geometry.blocks()) {
+            let fault = MapFault::BehindEnd { block, blocks: geometry.blocks() };
+            return Err(fault.into_error().context("live map"));
+        }
         check_data(&data, geometry.block_bytes(), &live_states)?;
         AllocMap::new(live, left_behind, durable, states.differing_spans(&live_states))
     } else {

@@ -20,7 +20,7 @@ mod copy;
 mod dir;
 mod disk;
 mod flavors;
-mod foreign;
+pub mod foreign;
 mod hex;
 mod host_fs;
 mod images;

@@ -9,7 +9,7 @@
 //! folder is not for this store.
 
 use std::os::unix::fs::DirBuilderExt;
-use std::path::{Path, PathBuf};
+use std::path::{Component, Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
@@ -65,7 +65,7 @@ impl Store {
         match record::read::<RunRecord>(&self.root, layout::RUN, record::RECORD_BYTES_MAX) {
             Ok(record) if record.boot_id == boot_id => {
                 let dir = PathBuf::from(record.dir);
-                Ok(dir.ends_with(self.run_dir_name()?).then_some(dir))
+                Ok((dir.ends_with(self.run_dir_name()?) && is_there(&dir)).then_some(dir))
             }
             Ok(_) => Ok(None),
             Err(error) if error.kind() == ErrorKind::NotFound => Ok(None),
@@ -142,6 +142,13 @@ impl Store {
     }
 }
 
+/// Whether a recorded folder is one, by a path without detours. Who recorded it had made it, and memory keeps it for as
+/// long as the record holds: nothing is ever made at a path only because the store names it.
+fn is_there(dir: &Path) -> bool {
+    let plain = dir.components().all(|part| matches!(part, Component::RootDir | Component::Normal(_)));
+    plain && dir.is_absolute() && dir.symlink_metadata().is_ok_and(|found| found.is_dir())
+}
+
 /// Permission bits that a folder must not have.
 const OTHERS_MAY_WRITE: u32 = 0o022;
 const OTHERS_MAY_ENTER: u32 = 0o077;
@@ -186,6 +193,30 @@ mod tests {
         assert_eq!(Store::open(t.folder.path()).unwrap().run_dir().unwrap(), first, "without being told");
         let other = Store::open(t.folder.path()).unwrap().with_run_dir("/run/elsewhere");
         assert_eq!(other.run_dir().unwrap_err().kind(), ErrorKind::Busy);
+    }
+
+    /// A folder was made wherever the record said, and a relative path led to wherever the process stood.
+    #[test]
+    fn a_record_that_names_no_folder_makes_none() {
+        let t = store_with_image();
+        let name = t.store.run_dir().unwrap().file_name().unwrap().to_str().unwrap().to_owned();
+        let outside = tempfile::tempdir().unwrap();
+        let boot_id = boot_id().unwrap();
+        let link = outside.path().join("link");
+        std::os::unix::fs::symlink(t.run.path().join(&name), outside.path().join(&name)).unwrap();
+        std::os::unix::fs::symlink(outside.path(), &link).unwrap();
+        for dir in [
+            outside.path().join("made").join(&name),
+            outside.path().join(&name),
+            t.run.path().join("..").join(t.run.path().file_name().unwrap()).join(&name),
+            PathBuf::from(&name),
+        ] {
+            let record = RunRecord { boot_id: boot_id.clone(), dir: dir.to_str().unwrap().to_owned() };
+            let bytes = record::encode(&record).unwrap();
+            atomic::replace_file(&t.store.tmp, &t.store.root, layout::RUN, &bytes).unwrap();
+            assert_eq!(t.store.run_dir().unwrap(), t.run.path().join(&name), "{}", dir.display());
+            assert!(!outside.path().join("made").exists() && !Path::new(&name).exists());
+        }
     }
 
     #[test]

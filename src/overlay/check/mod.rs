@@ -202,7 +202,7 @@ impl Checker<'_> {
         for fault in &scan.faults {
             let (kind, details) = match fault {
                 MapFault::PagesDiffer => ("pages", shown_pages(superblock.geometry, &scan.torn_pages)),
-                MapFault::PageNewer { .. } => ("pages", String::new()),
+                MapFault::PageNewer { .. } | MapFault::BehindEnd { .. } => ("pages", String::new()),
                 MapFault::RecordLost { .. } | MapFault::RecordInvalid { .. } => ("journal", String::new()),
             };
             let message = format!("{fault}{details}");

@@ -17,7 +17,7 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::units::DISK_BYTES_MAX;
 
 /// How many bytes from the start of a file [`detect`] wants to see.
-pub(super) const DETECT_BYTES: usize = 4096;
+pub const DETECT_BYTES: usize = 4096;
 
 /// Most bytes that a parser reads at once.
 const READ_BYTES_MAX: usize = 1 << 20;
@@ -70,7 +70,7 @@ impl FromStr for SourceFormat {
 }
 
 /// An image file as its parser sees it.
-pub(super) trait ImageBytes {
+pub trait ImageBytes {
     /// Bytes of the file.
     fn size(&self) -> u64;
 
@@ -80,7 +80,7 @@ pub(super) trait ImageBytes {
 
 /// What the first bytes of a file look like.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Detected {
+pub enum Detected {
     /// No magic that we know: raw.
     Nothing,
     /// A format that can be imported.
@@ -90,7 +90,7 @@ pub(super) enum Detected {
 }
 
 /// Looks for a magic in the first bytes of a file (up to [`DETECT_BYTES`] are looked at).
-pub(super) fn detect(head: &[u8]) -> Detected {
+pub fn detect(head: &[u8]) -> Detected {
     const MAGICS: [(usize, &[u8], Detected); 16] = [
         (0, b"QFI\xfb\0\0\0\x01", Detected::Foreign("qcow (version 1)")),
         (0, b"QFI\xfb", Detected::Known(SourceFormat::Qcow2)),
@@ -117,7 +117,7 @@ pub(super) fn detect(head: &[u8]) -> Detected {
 ///
 /// # Errors
 /// [`ErrorKind::Invalid`], saying what the image has that is refused.
-pub(super) fn check(format: SourceFormat, image: &dyn ImageBytes) -> Result<u64> {
+pub fn check(format: SourceFormat, image: &dyn ImageBytes) -> Result<u64> {
     let size = match format {
         SourceFormat::Raw => return Ok(image.size()),
         SourceFormat::Qcow2 => qcow2::check(image)?,

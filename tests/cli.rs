@@ -11,6 +11,8 @@
 mod bad_inputs;
 #[path = "cli/checking.rs"]
 mod checking;
+#[path = "cli/confined.rs"]
+mod confined;
 #[path = "cli/mounted.rs"]
 mod mounted;
 #[path = "cli/space.rs"]

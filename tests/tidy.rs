@@ -22,7 +22,7 @@ const LAYERS: [&str; 13] = [
 ];
 
 /// Crates and the folders, or files, that may name them.
-const HOMES: [(&str, &[&str]); 12] = [
+const HOMES: [(&str, &[&str]); 13] = [
     ("fuser", &["transport"]),
     ("httparse", &["daemon/http.rs"]),
     ("clap", &["cli"]),
@@ -32,13 +32,14 @@ const HOMES: [(&str, &[&str]); 12] = [
     ("memmap2", &["overlay/live_map.rs"]),
     ("blake3", &["format", "store"]),
     ("rayon", &["store"]),
+    ("seccompiler", &["daemon/seccomp.rs"]),
     ("serde", &["store", "daemon", "libvirt", "inspect", "cli"]),
     ("serde_json", &["store", "daemon", "libvirt", "inspect", "cli"]),
     ("signal_hook", &["daemon", "cli"]),
 ];
 
-const UNSAFE_HOMES: [&str; 4] =
-    ["storage/extents.rs", "overlay/live_map.rs", "transport/", "daemon/signals.rs"];
+const UNSAFE_HOMES: [&str; 5] =
+    ["storage/extents.rs", "overlay/live_map.rs", "transport/", "daemon/signals.rs", "daemon/seccomp.rs"];
 
 /// What changes the host's disk, or opens a file so that it can be changed.
 const DISK_CHANGES: [&str; 34] = [
@@ -79,9 +80,11 @@ const DISK_CHANGES: [&str; 34] = [
 ];
 
 /// Who does so beside the seam, and by what; `storage/host.rs` says why.
-const BESIDE_THE_SEAM: [(&str, &[&str]); 10] = [
+const BESIDE_THE_SEAM: [(&str, &[&str]); 13] = [
     ("overlay/live_map.rs", &["OpenOptions", "fs::fallocate", "fs::remove_", "write_all_at"]),
     ("store/run_dir.rs", &["DirBuilder"]),
+    ("store/bases.rs", &["fs::fchown"]),
+    ("store/convert.rs", &["fs::fchown"]),
     ("store/disk.rs", &["Access::ReadWrite", "fs::remove_"]),
     ("store/dir.rs", &["Access::ReadWrite", "OFlags::CREATE", "OFlags::RDWR"]),
     ("store/lock.rs", &["write_all_at"]),
@@ -89,6 +92,7 @@ const BESIDE_THE_SEAM: [(&str, &[&str]); 10] = [
     ("daemon/control.rs", &["fs::remove_", "fs::set_permissions"]),
     ("daemon/readiness.rs", &["File::options"]),
     ("daemon/farewell.rs", &["File::create"]),
+    ("daemon/confine.rs", &["File::options"]),
     ("libvirt/kvm.rs", &["File::create", "OpenOptions"]),
 ];
 

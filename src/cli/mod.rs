@@ -29,6 +29,7 @@ use output::Output;
 use progress::TerminalProgress;
 use usage::Finding;
 
+use crate::daemon;
 use crate::error::{Error, ErrorKind, Result};
 use crate::store::Store;
 
@@ -89,6 +90,13 @@ fn print(text: &str) -> Result<()> {
 fn run(cli: Cli) -> Result<()> {
     logger::start(cli.verbose, cli.quiet)?;
     let mut session = Session { store: cli.store, quiet: cli.quiet, output: Output::new() };
+    // Mounting and virsh need root itself; what they do in the store they do as its owner, or read it.
+    if !matches!(
+        cli.command,
+        Command::Mount(_) | Command::Umount { .. } | Command::Libvirt(_) | Command::Init
+    ) {
+        daemon::become_owner(&session.store, daemon::Keep::Nothing)?;
+    }
     match cli.command {
         Command::Init => init(&mut session),
         Command::Image(command) => images::image(&mut session, command),

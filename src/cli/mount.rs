@@ -14,7 +14,7 @@ pub(super) fn mount(session: &Session, args: &MountArgs) -> Result<()> {
     let text = args.options.join(",");
     let options = if args.sloppy { MountOptions::parse_tolerant(&text) } else { MountOptions::parse(&text) }?;
     // Says what is wrong with the store as every other command does.
-    let store = session.open_store()?;
+    let store = daemon::as_owner(&session.store, || session.open_store())?;
     if args.check {
         check(&store, &args.mountpoint)
     } else if args.foreground {

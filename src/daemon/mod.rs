@@ -6,25 +6,30 @@
 //! durable it leaves behind as its last words, for whoever took the mount away.
 
 mod background;
+mod confine;
 mod control;
 mod farewell;
 mod holders;
 mod http;
+mod identity;
 mod metrics;
 mod mountpoint;
 mod mounts;
 mod options;
 mod readiness;
+mod seccomp;
 mod serve;
 mod signals;
 mod status;
 mod unmount;
+mod unmounter;
 
 use std::path::Path;
 
 pub use control::status;
 pub use holders::{Holder, holders};
 pub use http::{REQUEST_BYTES_MAX, Refusal, Request, Route, read_request};
+pub use identity::{Keep, as_owner, become_owner};
 pub use mounts::{MountEntry, mounts};
 pub use options::{FLUSH_SECONDS, FLUSH_SECONDS_MAX, MountOptions, THREADS_MAX};
 pub use readiness::{LOG_VARIABLE, SpawnRequest};
@@ -56,16 +61,23 @@ pub fn spawn(store: &Path, mountpoint: &Path, options: &MountOptions) -> Result<
 /// Those of [`spawn`].
 pub fn spawn_program(program: &Path, store: &Path, mountpoint: &Path, options: &MountOptions) -> Result<()> {
     let dir = mounts::absolute(store)?;
-    let store = Store::open(&dir)?;
     let mountpoint = std::path::absolute(mountpoint).unwrap_or_else(|_| mountpoint.to_owned());
-    let log = match &options.log {
-        Some(log) => log.clone(),
-        None => store.run_dir()?.join(LOG),
+    let (log, log_file) = match &options.log {
+        Some(log) => (log.clone(), readiness::open_log(log)?),
+        // Who owns the store owns its run directory.
+        None => as_owner(&dir, || {
+            let log = Store::open(&dir)?.run_dir()?.join(LOG);
+            let file = readiness::open_log(&log)?;
+            Ok((log, file))
+        })?,
     };
-    readiness::start(&SpawnRequest { program, store: &dir, mountpoint: &mountpoint, options, log: &log })
+    readiness::start(
+        &SpawnRequest { program, store: &dir, mountpoint: &mountpoint, options, log: &log },
+        log_file,
+    )
 }
 
-/// Mounts the store in `store` and serves it in this process, as [`serve`] does. If this process was started by
+/// Mounts the store in `store` and serves it in this process, as [`serve`] does, as the user whom it belongs to. If this process was started by
 /// [`spawn`], whoever waits there is told when it serves, or why not.
 ///
 /// # Errors
@@ -73,7 +85,8 @@ pub fn spawn_program(program: &Path, store: &Path, mountpoint: &Path, options: &
 pub fn run(store: &Path, mountpoint: &Path, options: &MountOptions, on_ready: impl FnOnce()) -> Result<()> {
     let readiness = Readiness::from_environment();
     readiness.detach();
-    let result = Store::open(store).and_then(|store| {
+    let owned = become_owner(store, Keep::Capabilities).and_then(|()| Store::open(store));
+    let result = owned.and_then(|store| {
         serve(store, mountpoint, options, || {
             readiness.ready();
             on_ready();

@@ -46,13 +46,12 @@ enum Word {
     Failed { kind: String, message: String, hint: Option<String> },
 }
 
-/// Starts the daemon and waits until it serves.
+/// Starts the daemon, with `log_file` for what it says, and waits until it serves.
 ///
 /// # Errors
 /// The daemon's own error, with its kind and hint; or that it ended without a word, naming its log.
-pub(super) fn start(request: &SpawnRequest<'_>) -> Result<()> {
+pub(super) fn start(request: &SpawnRequest<'_>, log_file: std::fs::File) -> Result<()> {
     let what = || format!("start the daemon {}", request.program.display());
-    let log_file = open_log(request.log)?;
     let mut command = Command::new(request.program);
     // Who logs nothing, such as a program without a logger, leaves it to the environment.
     if log::max_level() != log::LevelFilter::Off {
@@ -95,7 +94,11 @@ pub(super) fn start(request: &SpawnRequest<'_>) -> Result<()> {
 /// Largest log that is continued; a larger one is begun anew, so that it cannot fill a tmpfs over the years.
 const LOG_BYTES_MAX: u64 = 1 << 20;
 
-fn open_log(path: &Path) -> Result<std::fs::File> {
+/// Opens the log of a daemon.
+///
+/// # Errors
+/// Those of the host.
+pub(super) fn open_log(path: &Path) -> Result<std::fs::File> {
     let what = || format!("open the log {}", path.display());
     let file = std::fs::File::options().create(true).append(true).open(path).context(what)?;
     if file.metadata().context(what)?.len() > LOG_BYTES_MAX {
@@ -216,7 +219,7 @@ mod tests {
             options: &MountOptions::parse("threads=2").unwrap(),
             log: &log,
         };
-        (start(&request), log, folder)
+        (open_log(&log).and_then(|file| start(&request, file)), log, folder)
     }
 
     #[test]

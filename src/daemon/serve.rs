@@ -1,21 +1,26 @@
 //! The life of a daemon: mount, serve, and end when the mount has gone away.
 
+use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
 use std::time::{Duration, Instant};
 
+use rustix::fs::{AtFlags, Mode, OFlags, StatxFlags};
 use rustix::process::{Resource, Rlimit};
 
 use super::background::{Background, report};
+use super::confine::confine;
 use super::control::Control;
 use super::farewell::Farewell;
 use super::holders;
+use super::identity;
 use super::mountpoint;
 use super::mounts;
 use super::options::MountOptions;
 use super::signals::SignalWatch;
 use super::status::Identity;
+use super::unmounter::Unmounter;
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::fs::Fs;
 use crate::store::Store;
@@ -43,9 +48,12 @@ enum Event {
 /// called once files can be read.
 ///
 /// SIGTERM, SIGINT and SIGHUP flush every disk and take the mount away if nobody uses it. A mount in use is never
-/// pulled from under a guest: who uses it is logged, for a minute the mount is taken away as soon as it falls idle, and
+/// pulled from under a guest: that it is used is logged, for a minute the mount is taken away as soon as it falls idle, and
 /// then the daemon serves on as if there had been no signal. A mount that is gone here but lives on in another mount
 /// namespace, with no file open, is left behind dead; the session's threads then end with the process.
+///
+/// Once it has mounted, the process gives up every privilege that serving does not need, for good. A caller that has
+/// other threads keeps those of theirs.
 ///
 /// # Errors
 /// Before `on_ready`: why the store cannot be mounted; nothing is mounted then. After it: what could not be made durable.
@@ -56,23 +64,27 @@ pub fn serve(store: Store, mountpoint: &Path, options: &MountOptions, on_ready: 
     let run_dir = store.run_dir()?;
     let source = mounts::absolute(store.dir())?;
     raise_descriptor_limit();
+    let fs = Arc::new(Fs::new(store.accepting_loss(options.accept_loss))?);
+    let unmounter = Unmounter::new(&mountpoint)?;
+    // Taken away again, when this is dropped, if something fails before it is answered.
+    let mounted = Mounted::new(&source, &mountpoint, options, &unmounter)?;
+    // Before the first thread: what is given up is given up by each thread for itself.
+    confine(&mountpoint);
     let (events, inbox) = channel();
     let signalled = events.clone();
     let signals = SignalWatch::start(move |name| {
         // Nobody listens only when the daemon has ended anyway.
         let _ = signalled.send(Event::Signal(name));
     })?;
-    let fs = Arc::new(Fs::new(store.accepting_loss(options.accept_loss))?);
     let background = Background::start(Arc::clone(&fs), options.flush_seconds)?;
-    // Whatever may fail comes before this, or in it, for it takes the mount away again.
-    let device = mount_and_answer(&source, &mountpoint, options, &fs, events)?;
+    let device = mounted.answer(options, &fs, events)?;
     // Nobody's disk depends on it.
     let identity = Identity::new(&source, &mountpoint, options);
     let control = Control::start(&run_dir, identity, Arc::clone(&fs))
         .inspect_err(|error| log::warn!("serving without a control socket: {error}"));
     log::info!("serving {} on {}", source.display(), mountpoint.display());
     on_ready();
-    let ended = Keeper { inbox, mountpoint, device, fs: &fs, patience: None }.keep();
+    let ended = Keeper { inbox, mountpoint, device, fs: &fs, unmounter, patience: None }.keep();
     drop(control);
     drop(background);
     drop(signals);
@@ -98,30 +110,59 @@ enum Left {
     Abandoned,
 }
 
-/// Mounts and starts a session with the kernel, whose end `events` will tell; returns the device of the mount. If that
-/// fails, nothing is mounted.
-fn mount_and_answer(
-    source: &Path,
-    mountpoint: &Path,
-    options: &MountOptions,
-    fs: &Arc<Fs>,
-    events: Sender<Event>,
-) -> Result<(u32, u32)> {
-    let root = rustix::process::geteuid().is_root();
-    let request = MountRequest {
-        source,
-        mountpoint,
-        read_only: options.read_only,
-        allow_other: options.allows_other(root),
-    };
-    let device = mount::mount(&request)?;
-    let result = FuserSession::start(device, Arc::clone(fs), options.threads).and_then(|session| {
-        std::fs::metadata(mountpoint).context(|| format!("look at {}", mountpoint.display()))?;
-        let mounts = mounts::mounts()?;
-        let device = mounts::mount_at(&mounts, mountpoint)
-            .filter(|mount| mount.is_ours())
-            .map(|mount| mount.device)
-            .ok_or_else(|| Error::new(ErrorKind::Io, format!("{} vanished", mountpoint.display())))?;
+/// A mount that nobody answers for yet; dropped, it is taken away.
+struct Mounted<'a> {
+    /// What the kernel waits on for an answer.
+    device: OwnedFd,
+    /// The mount's own folder, opened while the way to it was open to us. It keeps the mount busy.
+    root: OwnedFd,
+    rest: Rest<'a>,
+}
+
+/// What takes the mount away, unless it is answered for.
+struct Rest<'a> {
+    unmounter: &'a Unmounter,
+    is_answered: bool,
+}
+
+impl Drop for Rest<'_> {
+    fn drop(&mut self) {
+        if !self.is_answered
+            && let Err(error) = self.unmounter.unmount()
+        {
+            log::warn!("{error}");
+        }
+    }
+}
+
+impl<'a> Mounted<'a> {
+    fn new(
+        source: &Path,
+        mountpoint: &Path,
+        options: &MountOptions,
+        unmounter: &'a Unmounter,
+    ) -> Result<Self> {
+        let root = rustix::process::geteuid().is_root() || identity::may_mount();
+        let request = MountRequest {
+            source,
+            mountpoint,
+            read_only: options.read_only,
+            allow_other: options.allows_other(root),
+        };
+        let device = mount::mount(&request)?;
+        let rest = Rest { unmounter, is_answered: false };
+        // Asks nothing of the mount.
+        let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+        let root = rustix::fs::open(mountpoint, flags, Mode::empty())
+            .context(|| format!("open {}", mountpoint.display()))?;
+        Ok(Self { device, root, rest })
+    }
+
+    /// Starts a session with the kernel, whose end `events` will tell; returns the device of the mount.
+    fn answer(self, options: &MountOptions, fs: &Arc<Fs>, events: Sender<Event>) -> Result<(u32, u32)> {
+        let Self { device, root, mut rest } = self;
+        let session = FuserSession::start(device, Arc::clone(fs), options.threads)?;
+        // First of all, for its end, should it fail to answer, ends the waiting below.
         std::thread::Builder::new()
             .name("session".to_owned())
             .spawn(move || {
@@ -129,14 +170,12 @@ fn mount_and_answer(
                 let _ = events.send(Event::Ended(session.wait()));
             })
             .context(|| "start a thread")?;
-        Ok(device)
-    });
-    if result.is_err()
-        && let Err(error) = mount::unmount(mountpoint)
-    {
-        log::warn!("{error}");
+        let found = rustix::fs::statx(&root, "", AtFlags::EMPTY_PATH, StatxFlags::BASIC_STATS);
+        drop(root);
+        let found = found.context(|| "look at the mount")?;
+        rest.is_answered = true;
+        Ok((found.stx_dev_major, found.stx_dev_minor))
     }
-    result
 }
 
 /// The daemon's main thread while the mount is there.
@@ -145,6 +184,7 @@ struct Keeper<'a> {
     mountpoint: PathBuf,
     device: (u32, u32),
     fs: &'a Fs,
+    unmounter: Unmounter,
     /// Until when to go on trying to take the mount away.
     patience: Option<Instant>,
 }
@@ -222,7 +262,7 @@ impl Keeper<'_> {
                 _ => Err(self.in_use("detached from its mountpoint, but")),
             };
         }
-        match mount::unmount(&self.mountpoint) {
+        match self.unmounter.unmount() {
             Ok(()) => Ok(Left::Unmounted),
             Err(error) if error.kind() == ErrorKind::Busy => Err(self.in_use("")),
             Err(error) => Err(error),
@@ -232,7 +272,13 @@ impl Keeper<'_> {
     fn in_use(&self, but: &str) -> Error {
         let holders = holders::describe(&holders::holders(self.device));
         let space = if but.is_empty() { "" } else { " " };
-        let text = format!("{} is{space}{but} in use: {holders}", self.mountpoint.display());
+        let text = match holders.as_str() {
+            "" => format!(
+                "{} is{space}{but} in use, by whom this confined process may not see: `cowdisk umount` as root names them",
+                self.mountpoint.display()
+            ),
+            _ => format!("{} is{space}{but} in use: {holders}", self.mountpoint.display()),
+        };
         Error::new(ErrorKind::Busy, text)
     }
 }

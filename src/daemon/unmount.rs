@@ -9,6 +9,7 @@ use rustix::process::{Pid, PidfdFlags, Signal};
 
 use super::farewell::Farewell;
 use super::holders;
+use super::identity::as_owner;
 use super::mounts::{self, MountEntry};
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::store::{ServerInfo, Store};
@@ -39,7 +40,7 @@ pub fn unmount(target: &Path) -> Result<()> {
             Error::new(ErrorKind::NotFound, format!("{}: no store is mounted there", target.display()))
         })?;
     // Without the right to look into the store, one can still unmount, only not wait.
-    let store = Store::open(&entry.source).ok();
+    let store = as_owner(&entry.source, || Store::open(&entry.source)).ok();
     let server = store.as_ref().and_then(|store| store.serving().ok().flatten());
     // The kernel would not mind users in other mount namespaces; but the daemon would go on for them, out of reach.
     if server.is_some() && !holders::holders(entry.device).is_empty() {
@@ -101,7 +102,7 @@ fn wait(store: &Store, server: &ServerInfo, process: Option<&OwnedFd>, entry: &M
         std::thread::sleep(PAUSE);
     }
     wait_for_exit(process);
-    Farewell::check(&store.run_dir()?, server.pid)
+    as_owner(&entry.source, || Farewell::check(&store.run_dir()?, server.pid))
 }
 
 /// Tells the daemon to end if the mount lives on in other mount namespaces but is used in none; fails if it is used.

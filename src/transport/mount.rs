@@ -67,6 +67,11 @@ fn open_device() -> Result<OwnedFd> {
     }
 }
 
+/// Whether this process could open the kernel's device again.
+pub(super) fn may_open_device() -> bool {
+    File::options().read(true).write(true).open(DEVICE).is_ok()
+}
+
 fn is_no_device(error: &io::Error) -> bool {
     matches!(error.raw_os_error(), Some(libc::ENODEV | libc::ENXIO))
 }

@@ -12,9 +12,22 @@ pub struct Mounted(pub Place);
 
 impl Mounted {
     pub fn new() -> Self {
-        let place = Place::furnished();
+        Self::of(Place::furnished())
+    }
+
+    /// Mounts the store of a place.
+    pub fn of(place: Place) -> Self {
         assert_eq!(place.works(&["mount", &place.path("mnt")]), "");
         Self(place)
+    }
+
+    /// Waits until the daemon has ended after a signal.
+    pub fn wait_until_ended(&self, pid: u64) {
+        let end = Instant::now() + Duration::from_secs(60);
+        while fs::read_link(format!("/proc/{pid}/exe")).is_ok() {
+            assert!(Instant::now() < end, "the daemon does not end");
+            std::thread::sleep(Duration::from_millis(10));
+        }
     }
 
     pub fn umount(&self) {

@@ -237,7 +237,7 @@ fn a_signal_never_pulls_a_disk_from_under_its_user() {
     mount.signal(Signal::TERM);
     assert!(mount.ends_within(Duration::from_millis(1500)).is_none(), "in use, so it stays");
     file.write_all_at(b"still served", 0).unwrap();
-    assert!(mount.log().contains(&format!("process {}", std::process::id())), "the log names who uses it");
+    assert!(mount.log().contains("is in use"), "the log says why it stays");
     drop(file);
     assert!(mount.ends_within(Duration::from_secs(20)).expect("idle now, so it ends").success());
 }

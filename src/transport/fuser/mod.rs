@@ -13,6 +13,7 @@ use std::sync::Arc;
 
 use fuser::{BackgroundSession, Config, Session, SessionACL};
 
+use super::mount;
 use super::slow_lane::SlowLane;
 use crate::error::{Context, Result};
 use crate::fs::Fs;
@@ -35,7 +36,8 @@ impl FuserSession {
     pub fn start(device: OwnedFd, fs: Arc<Fs>, threads: usize) -> Result<Self> {
         let mut config = Config::default();
         config.n_threads = Some(threads);
-        config.clone_fd = threads > 1;
+        // Each thread opens the device again; a daemon that has become an ordinary user may not be allowed to.
+        config.clone_fd = threads > 1 && mount::may_open_device();
         let server = Server { fs, slow: SlowLane::start(SLOW_THREADS)? };
         // The kernel itself checks who may enter, by allow_other and by modes.
         let session = Session::from_fd(server, device, SessionACL::All, config)

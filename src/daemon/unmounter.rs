@@ -1,0 +1,110 @@
+//! Taking the mount away from inside a confined daemon.
+//!
+//! With the capability for it: it is put into effect for the moment of the call, in the calling thread. Without it only
+//! the setuid `fusermount3` can unmount, and a confined process cannot run it. So a shell is started beforehand that runs it
+//! each time it is asked to; it ends with the daemon, for its standard input does.
+
+use std::ffi::OsString;
+use std::io::{BufRead, BufReader, Write};
+use std::path::{Path, PathBuf};
+use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
+
+use parking_lot::Mutex;
+use rustix::thread::CapabilitySet;
+
+use super::identity;
+use crate::error::{Context, Error, ErrorKind, Result};
+use crate::transport::mount;
+
+/// For each line that it reads it tries to unmount, and answers with a line: `ok`, or what `fusermount3` says.
+const SCRIPT: &str = r#"while read -r _; do
+    if said=$(fusermount3 -u -- "$1" 2>&1); then echo ok; else printf '%s' "$said" | tr '\n' ' '; echo; fi
+done"#;
+
+/// What takes one mount away.
+#[derive(Debug)]
+pub(super) struct Unmounter {
+    mountpoint: PathBuf,
+    /// The shell; `None`: this process has the capability. Guards one request and its answer.
+    shell: Option<Mutex<Shell>>,
+}
+
+#[derive(Debug)]
+struct Shell {
+    child: Child,
+    stdin: Option<ChildStdin>,
+    stdout: BufReader<ChildStdout>,
+}
+
+impl Unmounter {
+    /// To be called before the process is confined.
+    ///
+    /// # Errors
+    /// If the shell cannot be started.
+    pub(super) fn new(mountpoint: &Path) -> Result<Self> {
+        let shell = if identity::may_mount() { None } else { Some(Mutex::new(Shell::start(mountpoint)?)) };
+        Ok(Self { mountpoint: mountpoint.to_owned(), shell })
+    }
+
+    /// Takes the mount away.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Busy`] if a file in it is open or a process stands in it; nothing is changed then.
+    pub(super) fn unmount(&self) -> Result<()> {
+        match &self.shell {
+            Some(shell) => shell.lock().ask().context(|| format!("unmount {}", self.mountpoint.display())),
+            None => with_capabilities(|| mount::unmount(&self.mountpoint)),
+        }
+    }
+}
+
+/// Runs `work` with all that this thread has put into effect.
+fn with_capabilities<T>(work: impl FnOnce() -> Result<T>) -> Result<T> {
+    let what = || "use the capability to unmount";
+    let before = rustix::thread::capabilities(None).context(what)?;
+    let mut raised = before;
+    raised.effective |= raised.permitted & (CapabilitySet::SYS_ADMIN | CapabilitySet::DAC_READ_SEARCH);
+    rustix::thread::set_capabilities(None, raised).context(what)?;
+    let result = work();
+    rustix::thread::set_capabilities(None, before).context(what)?;
+    result
+}
+
+impl Shell {
+    fn start(mountpoint: &Path) -> Result<Self> {
+        let what = || "start a shell for unmounting";
+        let arguments: [OsString; 4] = ["-c".into(), SCRIPT.into(), "sh".into(), mountpoint.into()];
+        let mut child = Command::new("/bin/sh")
+            .args(arguments)
+            .current_dir("/")
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::null())
+            .spawn()
+            .context(what)?;
+        let (stdin, stdout) = (child.stdin.take(), child.stdout.take());
+        let stdout = stdout.ok_or_else(|| Error::new(ErrorKind::Io, what()))?;
+        Ok(Self { child, stdin, stdout: BufReader::new(stdout) })
+    }
+
+    fn ask(&mut self) -> Result<()> {
+        let what = || "ask fusermount3";
+        let mut answer = String::new();
+        let stdin = self.stdin.as_mut().ok_or_else(|| Error::new(ErrorKind::Io, what()))?;
+        stdin.write_all(b"\n").context(what)?;
+        self.stdout.read_line(&mut answer).context(what)?;
+        match answer.trim() {
+            "ok" => Ok(()),
+            said if said.contains("busy") => Err(Error::new(ErrorKind::Busy, "in use")),
+            said => Err(Error::new(ErrorKind::Denied, said.trim_start_matches("fusermount3: "))),
+        }
+    }
+}
+
+impl Drop for Shell {
+    fn drop(&mut self) {
+        // It ends with its input.
+        self.stdin = None;
+        let _ = self.child.wait();
+    }
+}

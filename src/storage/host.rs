@@ -9,8 +9,10 @@
 //! - A lock file (made in `store/dir.rs`, filled in `store/lock.rs`) matters only while the process lives that holds it.
 //! - Programs that the store runs (`store/tool.rs`: `qemu-img`, `mkfs`) write into a draft. What they wrote counts for
 //!   nothing until the store has synced it, through this seam.
-//! - `transport`, `daemon` and `libvirt` open devices and write logs and notes to other processes, and a socket lies in the
-//!   run directory; none of that is part of a store.
+//! - The owner of a draft's file, lent to such a program and taken back (`store/bases.rs`, `store/convert.rs`), is made
+//!   durable with the file.
+//! - `transport`, `daemon` and `libvirt` open devices and write logs and notes to other processes; none of that is part
+//!   of a store.
 
 use std::ffi::OsStr;
 use std::fmt::Debug;

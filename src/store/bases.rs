@@ -9,10 +9,11 @@
 use std::fs::File;
 use std::os::unix::fs::MetadataExt;
 
+use rustix::fs::{Gid, Uid};
 use serde::{Deserialize, Serialize};
 
 use super::atomic::{DraftDir, Removal};
-use super::dir::{Access, Dir, MODE_PRIVATE, MODE_READ_ONLY};
+use super::dir::{Access, Dir, MODE_FOLDER, MODE_PRIVATE, MODE_READ_ONLY};
 use super::lock::{Share, StoreLock, try_lock};
 use super::progress::{Progress, Work};
 use super::record::{self, RECORD_BYTES_MAX};
@@ -23,6 +24,8 @@ use crate::format::BaseId;
 use crate::storage::FileStorage;
 use crate::units::check_disk_bytes;
 
+/// Access mode of a folder in which others may look up a name that they know.
+const MODE_FOLDER_LENT: u32 = 0o711;
 /// What to do about a base whose bytes are wrong. A filesystem made anew has another UUID, so a flavor's is lost.
 pub(super) const DAMAGED_HINT: &str =
     "importing the same image again repairs it; what a flavor made must come from a backup of the store";
@@ -79,6 +82,16 @@ impl<'a> BaseDraft<'a> {
     /// The folder, for tools to work in. The file's name there is [`layout::BASE_RAW`].
     pub(super) fn folder(&self) -> &Dir {
         self.folder.dir()
+    }
+
+    /// Lets an unprivileged user write the file and look it up, but do nothing else in the folder; `None`: no longer. The
+    /// store's folder keeps everybody else out.
+    pub(super) fn lend(&self, to: Option<(Uid, Gid)>) -> Result<()> {
+        let (uid, gid) = to.unwrap_or_else(|| (rustix::process::geteuid(), rustix::process::getegid()));
+        let mode = if to.is_some() { MODE_FOLDER_LENT } else { MODE_FOLDER };
+        rustix::fs::fchown(&self.file, Some(uid), Some(gid))
+            .context(|| format!("lend {}", self.folder().path_of(layout::BASE_RAW).display()))?;
+        self.folder().set_mode(mode)
     }
 
     /// Makes the bytes durable and read-only and writes the record. After this the draft can be published.

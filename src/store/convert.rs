@@ -3,17 +3,23 @@
 //! `qemu-img` never gets a name that the user or the image chose: the source is its standard input, opened by us and
 //! already looked at, and is named by a constant. That constant is a `json:` name because only there a backing file can
 //! be ruled out, whatever the header says by the time that `qemu-img` reads it.
+//!
+//! Where we are root, `qemu-img` is not: it runs as a user that owns nothing but the draft's file. It opens its standard
+//! input by name, so that user must have the right to read it; where he has not, he gets a copy that has no name.
 
 use std::time::Duration;
 
+use rustix::fs::{Gid, Mode, Uid};
+
 use super::bases::BaseDraft;
+use super::dir::MODE_READ_ONLY;
 use super::foreign::{self, SourceFormat};
-use super::layout;
 use super::progress::{Progress, Work};
 use super::source::Source;
-use super::tool::{Limits, Tool};
+use super::tool::{Limits, RunAs, Tool, unprivileged_user};
+use super::{copy, layout};
 use crate::error::{Context, Error, ErrorKind, Result};
-use crate::storage::{Room, Storage};
+use crate::storage::{FileStorage, Room, Storage};
 use crate::units::SECTOR_BYTES;
 
 /// Address space: `qemu-img` maps 0.6 GiB at its start and adds its caches of tables.
@@ -24,6 +30,9 @@ const CPU_SECONDS: u64 = 60;
 const CPU_BYTES_PER_SECOND: u64 = 8 << 20;
 const WALL_SECONDS: u64 = 600;
 const WALL_BYTES_PER_SECOND: u64 = 2 << 20;
+
+/// The name that the copy of a source has for a moment.
+const COPY: &str = "source";
 
 /// Converts `source` into the draft's file and returns the bytes of the disk, a multiple of 512. It is
 /// stopped once `room` is used up.
@@ -36,7 +45,9 @@ pub(super) fn convert(
 ) -> Result<u64> {
     let virtual_bytes = foreign::check(format, source).context(|| source.shown())?;
     let size = virtual_bytes.next_multiple_of(SECTOR_BYTES);
-    let driver = if source.is_device() { "host_device" } else { "file" };
+    let user = unprivileged_user();
+    let copy = user.map(|user| copy_for(user, source, draft, room, progress)).transpose()?.flatten();
+    let driver = if source.is_device() && copy.is_none() { "host_device" } else { "file" };
     let input = format!(
         "json:{{\"driver\":\"{format}\",\"backing\":null,\
          \"file\":{{\"driver\":\"{driver}\",\"filename\":\"/proc/self/fd/0\"}}}}"
@@ -48,7 +59,8 @@ pub(super) fn convert(
             .map(str::to_owned)
             .into(),
         folder: draft.folder(),
-        input: Some(source.file()),
+        input: Some(copy.as_ref().map_or(source.file(), FileStorage::file)),
+        run_as: RunAs::Nobody,
         limits: Limits {
             cpu_seconds: CPU_SECONDS + size / CPU_BYTES_PER_SECOND,
             address_bytes: ADDRESS_BYTES,
@@ -58,12 +70,18 @@ pub(super) fn convert(
     };
     let work = Work::begin(progress, "convert", Some(size));
     let mut percentage = Percentage::default();
+    if user.is_some() {
+        draft.lend(user)?;
+    }
     tool.run(room, progress, |bytes| {
         for hundredths in percentage.read(bytes) {
             work.advance(size / 10_000 * hundredths);
         }
     })
     .context(|| format!("convert {} from {format}", source.shown()))?;
+    if user.is_some() {
+        draft.lend(None)?;
+    }
     let written = draft.file().size()?;
     if written > size || written + SECTOR_BYTES <= virtual_bytes {
         let message =
@@ -72,6 +90,29 @@ pub(super) fn convert(
     }
     draft.file().set_len(size)?;
     Ok(size)
+}
+
+/// A copy of a source that only its owner and the like may read, for a user who may not; it goes when it is closed.
+fn copy_for(
+    (uid, gid): (Uid, Gid),
+    source: &Source,
+    draft: &BaseDraft<'_>,
+    room: &Room,
+    progress: &dyn Progress,
+) -> Result<Option<FileStorage>> {
+    let mode = Mode::from_raw_mode(rustix::fs::fstat(source.file()).context(|| source.shown())?.st_mode);
+    if mode.contains(Mode::ROTH) {
+        return Ok(None);
+    }
+    let shown = || format!("copy {}", source.shown());
+    let copy = draft.folder().create_file(COPY, MODE_READ_ONLY)?;
+    draft.folder().unlink(COPY)?;
+    if source.is_device() || !copy.clone_contents(source.file()) {
+        let work = Work::begin(progress, "copy", Some(source.len()));
+        copy::copy(source.file(), source.len(), &copy, room, &work).context(shown)?;
+    }
+    rustix::fs::fchown(&copy, Some(uid), Some(gid)).context(shown)?;
+    Ok(Some(copy))
 }
 
 /// Reads what `qemu-img -p` prints: `    (12.34/100%)` again and again.

@@ -21,7 +21,8 @@ use crate::storage::{FileStorage, Host, RealHost};
 pub(super) const MODE_PRIVATE: u32 = 0o600;
 /// Access mode of a file that is never written again.
 pub(super) const MODE_READ_ONLY: u32 = 0o400;
-const MODE_FOLDER: u32 = 0o700;
+/// Access mode of a folder.
+pub(super) const MODE_FOLDER: u32 = 0o700;
 
 /// An open folder, and the host through which it is changed. `path` is only for messages.
 #[derive(Debug)]

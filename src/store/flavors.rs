@@ -16,7 +16,7 @@ use super::progress::{Progress, Work};
 use super::record::{self, RECORD_BYTES_MAX};
 use super::references::{Except, User, list_names};
 use super::timestamp::Timestamp;
-use super::tool::{Limits, Tool};
+use super::tool::{Limits, RunAs, Tool};
 use super::{Store, copy, images, layout};
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::format::BaseId;
@@ -200,6 +200,7 @@ impl Store {
                     arguments: arguments.collect(),
                     folder: draft.folder(),
                     input: None,
+                    run_as: RunAs::Us,
                     limits: Limits {
                         cpu_seconds: 300,
                         address_bytes: 4 << 30,

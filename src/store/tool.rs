@@ -3,7 +3,7 @@
 //! The limits are set by `prlimit(1)` and `setpriv(1)` of util-linux, an essential package of Debian, which set them
 //! and then become the program. So they hold before its first instruction, the child has the same process id all along,
 //! and it dies with us, all without unsafe code between fork and exec. The program gets no terminal, an environment of
-//! four variables, and a working directory by descriptor.
+//! four variables, and a working directory by descriptor. One that reads what nobody trusts does not run as root.
 
 use std::fs::File;
 use std::io::Read;
@@ -14,7 +14,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::time::{Duration, Instant};
 
-use rustix::process::{Pid, Resource, Signal, getrlimit};
+use rustix::process::{Gid, Pid, Resource, Signal, Uid, getrlimit};
 
 use super::dir::Dir;
 use super::progress::{Progress, check_cancelled};
@@ -23,6 +23,8 @@ use crate::storage::Room;
 
 /// Where programs are looked for besides `PATH`: an unprivileged user's often lacks the first two.
 const USUAL_FOLDERS: &str = "/usr/sbin:/sbin:/usr/bin:/bin";
+/// The user and the group that own nothing: Linux's overflow ids.
+const NOBODY: u32 = 65534;
 /// Most bytes of a program's messages that are kept.
 const MESSAGES_BYTES_MAX: usize = 4096;
 /// How often the program is looked at, at most and at least.
@@ -42,6 +44,21 @@ pub(super) struct Limits {
     pub(super) wall: Duration,
 }
 
+/// Whom a program that root starts runs as. Without root there is nothing to give up.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum RunAs {
+    /// Ourselves.
+    Us,
+    /// [`unprivileged_user`]: without capabilities, and reading and writing only what was handed over.
+    Nobody,
+}
+
+/// The user and group that [`RunAs::Nobody`] means; `None` if we are not root ourselves.
+pub(super) fn unprivileged_user() -> Option<(Uid, Gid)> {
+    let root = rustix::process::geteuid().is_root();
+    root.then(|| (Uid::from_raw(NOBODY), Gid::from_raw(NOBODY)))
+}
+
 /// A program to run.
 pub(super) struct Tool<'a> {
     /// Its name.
@@ -52,6 +69,7 @@ pub(super) struct Tool<'a> {
     pub(super) folder: &'a Dir,
     pub(super) input: Option<&'a File>,
     pub(super) limits: Limits,
+    pub(super) run_as: RunAs,
 }
 
 impl Tool<'_> {
@@ -125,7 +143,13 @@ impl Tool<'_> {
             .arg(format!("--fsize={}", limit(Resource::Fsize, file_bytes)))
             .args(["--core=0", "--"])
             .arg(helper("setpriv")?)
-            .args(["--pdeathsig", "KILL", "--no-new-privs", "--"])
+            .args(["--pdeathsig", "KILL", "--no-new-privs"]);
+        if let (RunAs::Nobody, Some((uid, gid))) = (self.run_as, unprivileged_user()) {
+            // With the user id the capabilities go, and without new privileges no program brings them back.
+            command.args([format!("--reuid={uid}"), format!("--regid={gid}"), "--clear-groups".to_owned()]);
+        }
+        command
+            .arg("--")
             .arg(program)
             .args(&self.arguments)
             .env_clear()
@@ -257,6 +281,7 @@ mod tests {
 
     fn run(script: &str, limits: Limits, progress: &dyn Progress) -> (Result<()>, String) {
         let folder = tempfile::tempdir().unwrap();
+        std::fs::set_permissions(folder.path(), std::fs::Permissions::from_mode(0o777)).unwrap();
         let dir = Dir::open_path(folder.path()).unwrap();
         let tool = Tool {
             program: "sh",
@@ -265,6 +290,7 @@ mod tests {
             folder: &dir,
             input: None,
             limits,
+            run_as: RunAs::Nobody,
         };
         let mut said = Vec::new();
         let result = tool.run(&Room::unlimited(), progress, |bytes| said.extend_from_slice(bytes));
@@ -276,6 +302,21 @@ mod tests {
         let (result, said) = run("touch here && ls && cat", LIMITS, &NoProgress);
         result.unwrap();
         assert_eq!(said, "here\n");
+    }
+
+    /// `qemu-img` used to read images that nobody trusts as root.
+    #[test]
+    fn it_does_not_run_as_root_and_still_dies_with_us() {
+        if unprivileged_user().is_none() {
+            println!("skipped: not root");
+            return;
+        }
+        let script = "id -u; id -G; grep -c 'Cap\\(Prm\\|Eff\\|Amb\\):.*[1-9a-f]' /proc/self/status; exec setpriv --dump";
+        let (result, said) = run(script, LIMITS, &NoProgress);
+        result.unwrap();
+        assert!(said.starts_with("65534\n65534\n0\n"), "{said}");
+        assert!(said.contains("no_new_privs: 1"), "{said}");
+        assert!(said.to_lowercase().contains("parent death signal: kill"), "{said}");
     }
 
     #[test]
@@ -329,6 +370,7 @@ mod tests {
             folder: &dir,
             input: None,
             limits: LIMITS,
+            run_as: RunAs::Us,
         };
         let error = tool.run(&Room::unlimited(), &NoProgress, |_| {}).unwrap_err();
         assert_eq!(error.kind(), ErrorKind::Unsupported);

@@ -117,6 +117,8 @@ fn other_formats_are_converted() {
     bytes[1 << 20..(1 << 20) + 70_000].fill(0x77);
     let raw = t.file("raw.img", &bytes);
     let plain = t.import("plain", &bytes).unwrap();
+    // So that each conversion's own file becomes the base.
+    t.store.remove_image(&name("plain")).unwrap();
     for (format, options) in [
         ("qcow2", "compression_type=zlib"),
         ("qcow2", "compression_type=zstd,extended_l2=on,cluster_size=128k"),
@@ -134,15 +136,52 @@ fn other_formats_are_converted() {
             .args([&raw, &source])
             .status();
         assert!(made.unwrap().success(), "{format} {options}");
+        // Every other one can be read by its owner only: `qemu-img` need not be the owner.
+        let mode = if options.len() % 2 == 0 { 0o600 } else { 0o644 };
+        std::fs::set_permissions(&source, std::fs::Permissions::from_mode(mode)).unwrap();
         let request = ImportRequest { source: source.clone(), ..ImportRequest::default() };
         let progress = CancelAfter::new(u64::MAX);
         let image = t.store.import_image(&name("new"), &request, &progress).unwrap();
         assert_eq!(image.format.as_str(), format);
         assert_eq!(image.base, plain.base, "{format} {options}");
+        let base = t.path("bases").join(image.base.to_string());
+        assert_eq!(t.names(base.to_str().unwrap()), ["base.json", "base.raw"]);
+        for (path, mode) in [(base.clone(), 0o700), (base.join("base.raw"), 0o400)] {
+            let found = path.metadata().unwrap();
+            let owner = rustix::process::geteuid().as_raw();
+            assert_eq!((found.uid(), found.mode() & 0o7777), (owner, mode), "{}", path.display());
+        }
         t.store.remove_image(&name("new")).unwrap();
         std::fs::remove_file(source).unwrap();
     }
-    assert_eq!(t.names("bases").len(), 1);
+    assert_eq!(t.names("bases").len(), 0);
+}
+
+/// While it is being converted, a draft belongs to another user.
+#[test]
+fn a_conversion_that_fails_or_is_interrupted_leaves_nothing() {
+    let t = empty_store();
+    let raw = t.file("raw.img", &vec![0x77; 8 << 20]);
+    let source = t.run.path().join("source.qcow2");
+    let made = std::process::Command::new("qemu-img")
+        .args(["convert", "-f", "raw", "-O", "qcow2"])
+        .args([&raw, &source])
+        .status();
+    assert!(made.unwrap().success(), "qemu-img is needed: scripts/install-deps");
+    // Not for others to read, on another filesystem: the source is copied for the user who converts it.
+    std::fs::set_permissions(&source, std::fs::Permissions::from_mode(0o600)).unwrap();
+    let request = ImportRequest { source: source.clone(), ..ImportRequest::default() };
+    for bytes in [0, 1 << 20, 5 << 20] {
+        let progress = CancelAfter::new(bytes);
+        t.refuses(ErrorKind::Interrupted, "interrupted", |store| {
+            store.import_image(&name("new"), &request, &progress)
+        });
+    }
+    // Its table of clusters lies where none may: only qemu-img notices.
+    File::options().write(true).open(&source).unwrap().write_all_at(&[1], 47).unwrap();
+    t.refuses(ErrorKind::Io, "qemu-img: exit code 1", |store| {
+        store.import_image(&name("new"), &request, &NoProgress)
+    });
 }
 
 #[test]

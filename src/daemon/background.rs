@@ -5,20 +5,20 @@ use std::sync::Arc;
 use std::thread::JoinHandle;
 use std::time::Duration;
 
-use parking_lot::{Condvar, Mutex};
+use parking_lot::{Condvar, Mutex, MutexGuard};
 
 use crate::error::{Context, Error, Result};
 use crate::fs::Fs;
 use crate::store::{HighWater, WaterMove};
 
-/// How often housekeeping looks whether there is something to do.
+/// How often there is something to do.
 const TICK: Duration = Duration::from_secs(1);
 
-/// The background thread; dropping it stops it.
+/// The background threads; dropping it stops them.
 #[derive(Debug)]
 pub(super) struct Background {
     stop: Arc<Stop>,
-    thread: Option<JoinHandle<()>>,
+    threads: Vec<JoinHandle<()>>,
 }
 
 #[derive(Debug, Default)]
@@ -28,37 +28,47 @@ struct Stop {
     changed: Condvar,
 }
 
-impl Background {
-    /// Starts it; disks that were written are flushed every `flush_seconds`, or never for 0.
-    pub(super) fn start(fs: Arc<Fs>, flush_seconds: u32) -> Result<Self> {
-        let stop = Arc::new(Stop::default());
-        let watched = Arc::clone(&stop);
-        let thread = std::thread::Builder::new()
-            .name("background".to_owned())
-            .spawn(move || work(&fs, &watched, flush_seconds))
-            .context(|| "start a thread")?;
-        Ok(Self { stop, thread: Some(thread) })
+impl Stop {
+    /// Does `work` at each tick until it is wanted to stop.
+    fn each_tick(&self, mut work: impl FnMut()) {
+        let mut wanted = self.wanted.lock();
+        while !*wanted {
+            self.changed.wait_for(&mut wanted, TICK);
+            if *wanted {
+                return;
+            }
+            MutexGuard::unlocked(&mut wanted, &mut work);
+        }
     }
 }
 
-fn work(fs: &Fs, stop: &Stop, flush_seconds: u32) {
-    let mut ticks = 0u32;
-    let mut high_water = HighWater::default();
-    let mut wanted = stop.wanted.lock();
-    while !*wanted {
-        stop.changed.wait_for(&mut wanted, TICK);
-        if *wanted {
-            return;
-        }
-        parking_lot::MutexGuard::unlocked(&mut wanted, || {
-            ticks += 1;
-            if flush_seconds > 0 && ticks >= flush_seconds {
-                ticks = 0;
-                report("flush in the background", &fs.flush_dirty());
-            }
-            report("housekeeping", &fs.checkpoint_due());
-            watch_space(fs, &mut high_water);
-        });
+impl Background {
+    /// Starts them; disks that were written are flushed every `flush_seconds`, or never for 0.
+    pub(super) fn start(fs: Arc<Fs>, flush_seconds: u32) -> Result<Self> {
+        let mut background = Self { stop: Arc::new(Stop::default()), threads: Vec::new() };
+        let watched = Arc::clone(&fs);
+        let mut high_water = HighWater::default();
+        // A thread of its own: a flush may take long where the host's disk is slow, and then it is filled no slower.
+        background.spawn("space", move |stop| stop.each_tick(|| watch_space(&watched, &mut high_water)))?;
+        let mut ticks = 0;
+        background.spawn("background", move |stop| {
+            stop.each_tick(|| {
+                ticks += 1;
+                if flush_seconds > 0 && ticks >= flush_seconds {
+                    ticks = 0;
+                    report("flush in the background", &fs.flush_dirty());
+                }
+                report("housekeeping", &fs.checkpoint_due());
+            });
+        })?;
+        Ok(background)
+    }
+
+    fn spawn(&mut self, name: &str, work: impl FnOnce(&Stop) + Send + 'static) -> Result<()> {
+        let stop = Arc::clone(&self.stop);
+        let thread = std::thread::Builder::new().name(name.to_owned()).spawn(move || work(&stop));
+        self.threads.push(thread.context(|| "start a thread")?);
+        Ok(())
     }
 }
 
@@ -85,10 +95,10 @@ impl Drop for Background {
     fn drop(&mut self) {
         *self.stop.wanted.lock() = true;
         self.stop.changed.notify_all();
-        if let Some(thread) = self.thread.take()
-            && thread.join().is_err()
-        {
-            log::error!("the background thread panicked");
+        for thread in self.threads.drain(..) {
+            if thread.join().is_err() {
+                log::error!("a background thread panicked");
+            }
         }
     }
 }

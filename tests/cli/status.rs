@@ -192,7 +192,8 @@ fn whoever_asks_badly_is_refused_and_holds_nobody_up() {
     while !ask(place, b"GET /v1/status HTTP/1.1\r\n\r\n").starts_with("HTTP/1.1 200 ") {}
     // Whoever hangs up in the middle, too.
     for _ in 0..100 {
-        connect(place).write_all(b"GET /v1/st").unwrap();
+        // Some find all turns taken, and their connection closed.
+        let _ = connect(place).write_all(b"GET /v1/st");
     }
     while !ask(place, b"GET /v1/status HTTP/1.1\r\n\r\n").starts_with("HTTP/1.1 200 ") {}
     mounted.umount();

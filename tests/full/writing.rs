@@ -91,6 +91,11 @@ fn mounted(kind: Kind, options: &str) -> (SmallHost, TestMount) {
     (host, mount)
 }
 
+/// How often a daemon has warned that the host is nearly full.
+fn warnings(mount: &TestMount) -> usize {
+    mount.log().matches("WARN cowdisk::daemon::background: the host's filesystem is ").count()
+}
+
 fn full_host_refuses_new_blocks_only(kind: Kind) {
     let (host, mut mount) = mounted(kind, "flush=0,high_water=80");
     let other_path = mount.path("instances/other/disk.local");
@@ -130,7 +135,7 @@ fn full_host_refuses_new_blocks_only(kind: Kind) {
     assert_eq!(seen[..], crate::mount::image_bytes(512, 512)[..]);
     drop(idle);
     web.check_mounted("full");
-    mount.wait_until("a warning", || mount.log().contains("% full"));
+    mount.wait_until("a warning", || warnings(&mount) == 1);
 
     // The daemon dies; all that was answered is there.
     web.write(1, 4, 6).unwrap();
@@ -141,6 +146,7 @@ fn full_host_refuses_new_blocks_only(kind: Kind) {
     (web.file, other.file) = (open(&mount.local()), open(&other_path));
     web.check_mounted("after a kill");
     other.check_mounted("after a kill");
+    mount.wait_until("the new daemon's warning", || warnings(&mount) == 2);
 
     // A discard makes room, and so do the removal of another instance and a larger filesystem.
     let punch = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
@@ -153,12 +159,15 @@ fn full_host_refuses_new_blocks_only(kind: Kind) {
     drop(web);
     mount.wait_until_closed(DiskName::Local);
     mount.store.remove_instance(&name("web")).unwrap();
+    // XFS gives the space of removed files back some time later.
+    mount.wait_until("room", || host.available() > host.reserve() + 2 * MIB);
     other.write(8192 + 1024, 256, 9).unwrap();
     other.fill(9 * 1024, 64, 64, 10);
     host.make_room();
     other.write(60 * 1024, 256, 11).unwrap();
     other.file.sync_all().unwrap();
     mount.wait_until("the warning is taken back", || mount.log().contains("no longer nearly full"));
+    assert_eq!(warnings(&mount), 2, "each daemon warns once");
     other.check_mounted("at the end");
     drop(other);
     mount.unmount().unwrap();

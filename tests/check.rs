@@ -304,8 +304,9 @@ fn lost_and_cut_records_of_the_journal_are_told_apart() {
     let past = Change { span: BlockSpan::new(DISK / 4096 + 5, DISK / 4096 + 8), state: BlockState::Zero };
     let record = JournalRecord { sequence: next + 3, changes: vec![past] };
     layer.map.write_durable_at(at(3), &record.encode(LAYER)).expect("write");
-    let finding = only(&layer.check(), "states-past-end", Severity::Warning);
-    assert!(finding.message.starts_with("3 blocks past the end"), "{finding:?}");
+    let finding = only(&layer.check(), "journal", Severity::Damage);
+    assert_eq!(finding.message, format!("journal record {}: a change is out of range", next + 3));
+    assert_eq!(layer.contents().expect_err("refused").kind(), ErrorKind::Corrupt);
 }
 
 #[test]

@@ -202,7 +202,8 @@ impl Checker<'_> {
         for fault in &scan.faults {
             let (kind, details) = match fault {
                 MapFault::PagesDiffer => ("pages", shown_pages(superblock.geometry, &scan.torn_pages)),
-                MapFault::PageNewer { .. } | MapFault::BehindEnd { .. } => ("pages", String::new()),
+                MapFault::PageNewer { .. } => ("pages", String::new()),
+                MapFault::BehindEnd { .. } => ("states-past-end", String::new()),
                 MapFault::RecordLost { .. } | MapFault::RecordInvalid { .. } => ("journal", String::new()),
             };
             let message = format!("{fault}{details}");
@@ -322,24 +323,12 @@ impl Checker<'_> {
         }
     }
 
-    /// No block past the disk's end has a state: growing the disk would show it.
+    /// No block past the disk's end has a state of its own: growing the disk would show it, so opening refuses it.
     fn judge_end(&self, look: &mut Look, geometry: Geometry, states: &SparseStates) {
-        let (mut block, end) = (geometry.blocks(), page_count(geometry) * BLOCKS_PER_PAGE);
-        let mut count = 0;
-        while block < end {
-            let extent = states.extent(block, end);
-            if extent.state != BlockState::Base {
-                count += extent.span.len();
-            }
-            block = extent.span.end;
-        }
-        if count > 0 {
-            let message = format!("{count} blocks past the end of the disk have a state of their own");
-            let remedy = Remedy::Operator(
-                "do not grow the disk: copy its contents to a new one instead (growing it would show these blocks)"
-                    .to_owned(),
-            );
-            look.findings.push(self.finding("states-past-end", Severity::Warning, message, remedy));
+        let blocks = geometry.blocks();
+        if let Some(block) = states.block_behind(blocks) {
+            let message = format!("live map: {}", MapFault::BehindEnd { block, blocks });
+            look.findings.push(self.finding("states-past-end", Severity::Damage, message, from_backup()));
         }
     }
 

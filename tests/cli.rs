@@ -15,6 +15,8 @@ mod checking;
 mod confined;
 #[path = "cli/mounted.rs"]
 mod mounted;
+#[path = "cli/scrubbing.rs"]
+mod scrubbing;
 #[path = "cli/space.rs"]
 mod space;
 #[path = "cli/status.rs"]

@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use clap::{ArgAction, Args, Parser, Subcommand, ValueEnum};
 
 use super::check::CheckArgs;
+use super::scrub::ScrubArgs;
 use crate::error::{Error, ErrorKind, Result};
 use crate::libvirt::domain::Accelerator;
 use crate::store::{DiskName, FlavorFs, ObjectName, SourceFormat};
@@ -77,6 +78,12 @@ pub enum Command {
     /// Says of each finding whether data is at risk and what --repair does about it. Changes nothing without --repair.
     /// Exit code: 0 if there is nothing worse than a note, or if all else was mended; 1 if something asks for attention.
     Check(CheckArgs),
+    /// Read all that the store holds, at a bounded rate, to find what the host's disk has lost; on a mounted store too
+    ///
+    /// Bases, kernels and ramdisks are compared with what was stored; a base that has changed is marked, and nothing opens
+    /// over it any more. What guests wrote has no checksum: of it, what the disk cannot read is found. Ctrl-C ends it with
+    /// what was found by then. Exit code: as of check, and 1 if it was interrupted.
+    Scrub(ScrubArgs),
     /// Run instances as libvirt guests
     Libvirt(LibvirtArgs),
     /// Print a script that completes cowdisk's arguments in a shell

@@ -25,14 +25,14 @@ pub struct CheckArgs {
     pub form: Form,
 }
 
-fn check_target(text: &str) -> Result<CheckTarget> {
+pub(super) fn check_target(text: &str) -> Result<CheckTarget> {
     let MapTarget { instance, disk } = map_target(text)?;
     Ok(CheckTarget { instance, disk: text.contains('/').then_some(disk) })
 }
 
 /// A finding as `--json` shows it.
 #[derive(Debug, Serialize)]
-struct FindingView<'a> {
+pub(super) struct FindingView<'a> {
     kind: &'a str,
     /// `note`, `warning` or `damage`.
     severity: &'a str,
@@ -87,7 +87,8 @@ fn view<'a>(store: &Store, report: &'a CheckReport) -> ReportView<'a> {
     }
 }
 
-fn finding_view(finding: &Finding) -> FindingView<'_> {
+/// A finding for programs.
+pub(super) fn finding_view(finding: &Finding) -> FindingView<'_> {
     let (outcome, error) = match &finding.outcome {
         Outcome::Left => ("left", None),
         Outcome::Mended => ("mended", None),
@@ -106,16 +107,9 @@ fn finding_view(finding: &Finding) -> FindingView<'_> {
     }
 }
 
-/// Each finding on one line, and on a second one whether data is at risk and what becomes of it.
+/// What was found, and how much was checked.
 fn show(session: &mut Session, report: &CheckReport) -> Result<()> {
-    for finding in &report.findings {
-        session.output.line(&super::output::one_line(&finding.to_string()))?;
-        session.output.line(&super::output::one_line(&format!(
-            "    {}; {}",
-            risk(finding),
-            prospect(finding)
-        )))?;
-    }
+    show_findings(session, report, |_| "--repair")?;
     let mut counts = vec![
         counted(report.disks, "disk", "disks"),
         counted(report.bases, "base", "bases"),
@@ -128,11 +122,30 @@ fn show(session: &mut Session, report: &CheckReport) -> Result<()> {
     session.output.line(&format!("found: {}", summary(report)))
 }
 
-fn counted(count: u64, one: &str, more: &str) -> String {
+/// Each finding on one line, and on a second one whether data is at risk and what becomes of it. `mender` says which command,
+/// or option, mends what can be mended.
+pub(super) fn show_findings(
+    session: &mut Session,
+    report: &CheckReport,
+    mender: impl Fn(&Finding) -> &'static str,
+) -> Result<()> {
+    for finding in &report.findings {
+        session.output.line(&super::output::one_line(&finding.to_string()))?;
+        session.output.line(&super::output::one_line(&format!(
+            "    {}; {}",
+            risk(finding),
+            prospect(finding, mender(finding))
+        )))?;
+    }
+    Ok(())
+}
+
+pub(super) fn counted(count: u64, one: &str, more: &str) -> String {
     format!("{count} {}", if count == 1 { one } else { more })
 }
 
-fn summary(report: &CheckReport) -> String {
+/// How many findings of which severity.
+pub(super) fn summary(report: &CheckReport) -> String {
     let count = |severity, one, more| {
         let count = report.count(severity);
         (count > 0).then(|| counted(count as u64, one, more))
@@ -161,16 +174,22 @@ fn risk(finding: &Finding) -> &'static str {
     }
 }
 
-fn prospect(finding: &Finding) -> String {
+fn prospect(finding: &Finding, mender: &str) -> String {
     let text = finding.remedy.text();
     match (&finding.outcome, &finding.remedy) {
         (Outcome::Mended, _) => format!("mended: {text}"),
         (Outcome::Failed(error), Remedy::Repair(_)) => format!("the repair failed: {error}"),
         (Outcome::Failed(error), _) => format!("{text} ({error})"),
-        (Outcome::Left, Remedy::Repair(_)) => format!("--repair {text}"),
+        (Outcome::Left, Remedy::Repair(_)) => format!("{mender} {text}"),
         (Outcome::Left, Remedy::Operator(_)) => format!("no repair: {text}"),
         (Outcome::Left, Remedy::Nothing(_)) => text.to_owned(),
     }
+}
+
+/// How many findings ask for attention.
+pub(super) fn to_be_looked_at(report: &CheckReport) -> String {
+    let open = report.findings.iter().filter(|finding| finding.is_open()).count();
+    format!("{} to be looked at", counted(open as u64, "finding", "findings"))
 }
 
 /// The exit code: 1 if something asks for attention.
@@ -179,13 +198,8 @@ fn conclude(session: &mut Session, store: &Store, report: &CheckReport) -> Resul
         return Ok(());
     }
     session.output.flush()?;
-    let open = report.findings.iter().filter(|finding| finding.is_open());
-    let repairable = open.clone().any(Finding::can_be_repaired);
-    let message = format!(
-        "store {}: {} to be looked at",
-        store.dir().display(),
-        counted(open.count() as u64, "finding", "findings")
-    );
+    let repairable = report.findings.iter().any(|finding| finding.is_open() && finding.can_be_repaired());
+    let message = format!("store {}: {}", store.dir().display(), to_be_looked_at(report));
     let error = Error::new(ErrorKind::Corrupt, message);
     Err(if repairable && !report.findings.iter().any(|finding| finding.outcome != Outcome::Left) {
         error.with_hint("mend what can be mended: cowdisk check --repair")

@@ -15,6 +15,7 @@ mod map;
 mod mount;
 mod output;
 mod progress;
+mod scrub;
 mod status;
 mod usage;
 
@@ -108,6 +109,7 @@ fn run(cli: Cli) -> Result<()> {
         Command::Df(form) => df::run(&mut session, form),
         Command::Map(args) => map::run(&mut session, &args),
         Command::Check(args) => check::run(&mut session, args),
+        Command::Scrub(args) => scrub::run(&mut session, args),
         Command::Libvirt(args) => libvirt::run(&mut session, args),
         Command::Completions { shell } => completions(&mut session, shell),
     }?;

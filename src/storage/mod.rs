@@ -8,6 +8,7 @@
 mod extents;
 mod file;
 mod host;
+mod io_priority;
 mod latch;
 mod mem;
 mod room;
@@ -18,6 +19,7 @@ use crate::error::{Error, ErrorKind, Result};
 
 pub use file::FileStorage;
 pub use host::{Host, RealHost};
+pub use io_priority::{IoPriority, Urgency};
 pub use latch::{Latch, LatchedStorage};
 pub use mem::MemStorage;
 pub use room::{HostSpace, Room, Taken};

@@ -230,7 +230,7 @@ fn read_error(error: std::io::Error) -> Error {
 }
 
 /// The first byte from `position` on that is not in a hole, or `len`. A device has no holes.
-fn next_data(source: &File, position: u64, len: u64) -> Result<u64> {
+pub(super) fn next_data(source: &File, position: u64, len: u64) -> Result<u64> {
     match rustix::fs::seek(source, SeekFrom::Data(position)) {
         Ok(data) => Ok(data.clamp(position, len)),
         Err(Errno::NXIO) => Ok(len),
@@ -240,7 +240,7 @@ fn next_data(source: &File, position: u64, len: u64) -> Result<u64> {
 }
 
 /// The first byte after `position` that is in a hole, or `len`.
-fn next_hole(source: &File, position: u64, len: u64) -> Result<u64> {
+pub(super) fn next_hole(source: &File, position: u64, len: u64) -> Result<u64> {
     match rustix::fs::seek(source, SeekFrom::Hole(position)) {
         // A file that lost its data in this moment answers `position` itself; reading it as data is right too.
         Ok(hole) if hole > position => Ok(hole.min(len)),

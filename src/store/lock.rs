@@ -1,6 +1,7 @@
 //! The three locks of a store. All are flocks: the kernel drops them with the process, so none is ever stale.
 //!
-//! - *store lock* (`lock`): held for the moment of a change (an object appears or leaves), never during long work.
+//! - *store lock* (`lock`): held for the moment of a change (an object appears or leaves), never during long work. Whoever
+//!   only looks (a check) shares it for the moment of looking.
 //! - *disk lock* (`disk.map` or `disk.raw`): held by whoever has the disk open.
 //! - *serve lock* (`daemon.lock`): held by the daemon for its life; the file says who it is.
 //!
@@ -28,7 +29,7 @@ use crate::error::{Context, Error, ErrorKind, Result};
 const SERVE_ATTEMPTS: u32 = 20;
 const SERVE_PAUSE: Duration = Duration::from_millis(5);
 
-/// The store is being changed by the holder.
+/// The store is being changed by the holder, or, if the lock is shared, by nobody.
 #[derive(Debug)]
 pub(super) struct StoreLock {
     _file: File,
@@ -39,6 +40,14 @@ impl StoreLock {
     pub(super) fn wait(root: &Dir) -> Result<Self> {
         let file = root.open_lock_file(layout::LOCK)?;
         atomic::lock_exclusive(&file).context(|| format!("lock {}", root.path_of(layout::LOCK).display()))?;
+        Ok(Self { _file: file })
+    }
+
+    /// Waits for the lock and shares it with others who only look: nothing appears or leaves meanwhile.
+    pub(super) fn wait_shared(root: &Dir) -> Result<Self> {
+        let file = root.open_lock_file(layout::LOCK)?;
+        rustix::io::retry_on_intr(|| rustix::fs::flock(&file, FlockOperation::LockShared))
+            .context(|| format!("lock {}", root.path_of(layout::LOCK).display()))?;
         Ok(Self { _file: file })
     }
 

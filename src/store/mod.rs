@@ -44,7 +44,9 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, OnceLock};
 
 pub use attrs::{Attributes, FileRef, XATTR_NAME_BYTES_MAX, XATTR_VALUE_BYTES_MAX, XATTRS_MAX};
-pub use check::{CheckReport, CheckRequest, CheckTarget};
+pub use check::{
+    CheckReport, CheckRequest, CheckTarget, SCRUB_RATE_DEFAULT, SCRUB_RATE_MIN, ScrubReport, ScrubRequest,
+};
 pub use disk::{Disk, DiskExtent, DiskExtentKind, DiskMap, DiskStatus};
 pub use flavors::{Flavor, FlavorFs, FlavorSpec, LOCAL_LABEL};
 pub use foreign::SourceFormat;

@@ -1,13 +1,28 @@
 //! The bytes of bases, kernels and ramdisks against their names, which are their hashes.
 
+use std::fs::File;
+
 use super::super::progress::{Progress, Work};
 use super::super::record::BootFileId;
 use super::super::{Store, copy};
 use super::inventory::Inventory;
-use super::{CheckReport, CheckRequest, is_gone, list, note_outcome, said};
+use super::{CheckReport, CheckRequest, is_gone, note_outcome, said};
 use crate::error::{Context, ErrorKind, Result};
 use crate::finding::{Finding, Outcome, Remedy, Severity};
 use crate::format::BaseId;
+
+/// Hashes a file: what it is, the file, a descriptor of its own, and how many bytes it has.
+pub(super) type HashFile<'a> = dyn FnMut(&str, &File, u64) -> Result<[u8; 32]> + 'a;
+
+/// How contents are read, and what is done about what is found.
+pub(super) struct ContentCheck<'a> {
+    /// Reads them.
+    pub(super) hash: &'a mut HashFile<'a>,
+    /// Whether a base that has the right bytes, but does not look as it was stored, is accepted.
+    pub(super) accept: bool,
+    /// Whether a base that has other bytes is marked, so that nothing opens over it.
+    pub(super) mark: bool,
+}
 
 impl Store {
     /// Reads what the inventory refers to, if the request is for a full check.
@@ -21,42 +36,37 @@ impl Store {
         if !request.full {
             return Ok(());
         }
+        let mut hash = |what: &str, file: &File, len| {
+            copy::hash(file, len, &Work::begin(progress, &format!("check {what}"), Some(len)))
+        };
+        let mut how = ContentCheck { hash: &mut hash, accept: request.repair, mark: request.repair };
         for id in inventory.base_users.keys() {
-            self.check_base_content(id, inventory, request.repair, progress, report)?;
+            self.check_base_content(id, inventory, &mut how, report)?;
         }
-        for (id, users) in &inventory.boot_users {
-            match self.verify_boot_file(id, progress) {
-                Err(error) if error.kind() == ErrorKind::Interrupted => return Err(error),
-                // Known by now, or removed meanwhile.
-                Err(error) if is_gone(&error) => {}
-                Err(error) => add_bad_boot_file(id, users, said(&error), report),
-                Ok(()) => {}
-            }
+        for id in inventory.boot_users.keys() {
+            self.check_boot_file_content(id, inventory, &mut how, report)?;
         }
         Ok(())
     }
 
-    fn check_base_content(
+    /// Reads a base, and names all that need it if it is not what it should be.
+    pub(super) fn check_base_content(
         &self,
         id: &BaseId,
         inventory: &Inventory,
-        repair: bool,
-        progress: &dyn Progress,
+        how: &mut ContentCheck<'_>,
         report: &mut CheckReport,
     ) -> Result<()> {
-        let hash = match self.base_file(id) {
-            // Known by now: missing, or being replaced.
-            Err(_) => return Ok(()),
-            Ok(file) => {
-                let hashed = file.metadata().context(|| "look up a base").and_then(|metadata| {
-                    let work = Work::begin(progress, &format!("check base {id}"), Some(metadata.len()));
-                    copy::hash(&file, metadata.len(), &work)
-                });
-                hashed.map(BaseId)
-            }
-        };
+        // Known by now if it fails: missing, or being replaced. Held until it is judged, so that what is marked is what
+        // was read.
+        let Ok(file) = self.base_file(id) else { return Ok(()) };
         let object = format!("base {id}");
-        let users = list(inventory.users_of(id));
+        let hash = file
+            .metadata()
+            .context(|| "look up a base")
+            .and_then(|metadata| (how.hash)(&object, &file, metadata.len()))
+            .map(BaseId);
+        let users = inventory.users_of(id).join(", ");
         let known = report.findings.iter().position(|finding| finding.object == object);
         match hash {
             Err(error) if error.kind() == ErrorKind::Interrupted => return Err(error),
@@ -69,7 +79,7 @@ impl Store {
             }
             Ok(found) if found == *id => {
                 if let Some(finding) = known.and_then(|at| report.findings.get_mut(at)) {
-                    self.accept(id, finding, repair);
+                    self.accept(id, finding, how.accept);
                 }
             }
             Ok(found) => {
@@ -77,38 +87,59 @@ impl Store {
                     report.findings.remove(at);
                 }
                 let message = format!("its bytes have changed, their hash is now {found}; needed by {users}");
-                report.findings.push(self.rotten(id, object, message, repair));
+                report.findings.push(self.rotten(id, object, message, how.mark));
             }
         }
         Ok(())
     }
 
+    /// Reads a kernel or a ramdisk.
+    pub(super) fn check_boot_file_content(
+        &self,
+        id: &BootFileId,
+        inventory: &Inventory,
+        how: &mut ContentCheck<'_>,
+        report: &mut CheckReport,
+    ) -> Result<()> {
+        let object = format!("boot file {id}");
+        let hash = self.open_boot_file(id).and_then(|file| {
+            let len = file.metadata().context(|| format!("look up {object}"))?.len();
+            (how.hash)(&object, &file, len)
+        });
+        let what = match hash {
+            Err(error) if error.kind() == ErrorKind::Interrupted => return Err(error),
+            // Known by now, or removed meanwhile.
+            Err(error) if is_gone(&error) => return Ok(()),
+            Ok(found) if BootFileId::from_bytes(found) == *id => return Ok(()),
+            Ok(_) => "its bytes have changed".to_owned(),
+            Err(error) => said(&error),
+        };
+        let remedy = Remedy::Operator(
+            "remove it and import the image with it again, or bring it back from a backup".to_owned(),
+        );
+        let users = inventory.boot_users.get(id).map_or_else(String::new, |users| users.join(", "));
+        report.add("boot-damaged", Severity::Damage, object, format!("{what}; needed by {users}"), remedy);
+        Ok(())
+    }
+
     /// A base that did not look as it was stored, but whose bytes are right.
-    fn accept(&self, id: &BaseId, finding: &mut Finding, repair: bool) {
+    fn accept(&self, id: &BaseId, finding: &mut Finding, accept: bool) {
         finding.severity = Severity::Warning;
         finding.message += "; its bytes are right";
         finding.remedy = Remedy::Repair("accepts it as it is now".to_owned());
-        if repair {
+        if accept {
             note_outcome(finding, self.accept_base(id));
         }
     }
 
-    fn rotten(&self, id: &BaseId, object: String, message: String, repair: bool) -> Finding {
+    fn rotten(&self, id: &BaseId, object: String, message: String, mark: bool) -> Finding {
         let advice = super::super::bases::DAMAGED_HINT.to_owned();
         let mut finding =
             Finding::new("base-damaged", Severity::Damage, object, message, Remedy::Operator(advice));
         // Marked, so that nothing opens over it until it is whole again.
-        if repair && let Err(error) = self.mark_base_damaged(id) {
+        if mark && let Err(error) = self.mark_base_damaged(id) {
             finding.outcome = Outcome::Failed(said(&error));
         }
         finding
     }
-}
-
-fn add_bad_boot_file(id: &BootFileId, users: &[String], what: String, report: &mut CheckReport) {
-    let remedy = Remedy::Operator(
-        "remove it and import the image with it again, or bring it back from a backup".to_owned(),
-    );
-    let message = format!("{what}; needed by {}", list(users));
-    report.add("boot-damaged", Severity::Damage, format!("boot file {id}"), message, remedy);
 }

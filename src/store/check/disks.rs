@@ -137,7 +137,7 @@ impl Store {
     }
 }
 
-fn open_to_read(folder: &Dir, disk: DiskName, part: DiskPart) -> Result<FileStorage> {
+pub(super) fn open_to_read(folder: &Dir, disk: DiskName, part: DiskPart) -> Result<FileStorage> {
     let name = disk_file(disk, part);
     Ok(folder.storage(folder.open_file(name, Access::Read)?, folder.path_of(name).display().to_string()))
 }

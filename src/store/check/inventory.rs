@@ -6,6 +6,7 @@ use super::super::attrs::FileRef;
 use super::super::dir::Dir;
 use super::super::instances::Instance;
 use super::super::layout::{self, DiskPart, disk_file};
+use super::super::lock::StoreLock;
 use super::super::names::{DiskName, ObjectName};
 use super::super::record::BootFileId;
 use super::super::references::base_of_overlay;
@@ -60,7 +61,8 @@ impl Store {
     ) -> Result<Inventory> {
         // Without the right to write, on a read-only filesystem say, there is no lock to be had, and nobody who changes
         // anything either.
-        let _lock = match self.lock() {
+        let lock = if request.repair { StoreLock::wait } else { StoreLock::wait_shared };
+        let _lock = match lock(&self.root) {
             Err(error) if matches!(error.kind(), ErrorKind::ReadOnly | ErrorKind::Denied) => None,
             other => Some(other?),
         };

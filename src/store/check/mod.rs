@@ -12,9 +12,12 @@ mod contents;
 mod disks;
 mod inventory;
 mod objects;
+mod scrub;
 
 use std::path::Path;
 use std::sync::Arc;
+
+pub use scrub::{SCRUB_RATE_DEFAULT, SCRUB_RATE_MIN, ScrubReport, ScrubRequest};
 
 use super::Store;
 use super::names::{DiskName, ObjectName};
@@ -69,6 +72,11 @@ impl CheckReport {
         !self.findings.iter().any(Finding::is_open)
     }
 
+    fn sort(&mut self) {
+        self.findings
+            .sort_by(|one, two| two.severity.cmp(&one.severity).then_with(|| one.object.cmp(&two.object)));
+    }
+
     fn add(
         &mut self,
         kind: &'static str,
@@ -103,9 +111,7 @@ impl Store {
         if request.repair {
             self.repair_objects(&mut report);
         }
-        report
-            .findings
-            .sort_by(|one, two| two.severity.cmp(&one.severity).then_with(|| one.object.cmp(&two.object)));
+        report.sort();
         Ok(report)
     }
 }

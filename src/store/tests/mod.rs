@@ -7,6 +7,7 @@ mod flavoring;
 mod hosts;
 mod importing;
 mod instancing;
+mod scrubbing;
 
 use std::fs::File;
 use std::io::Write;

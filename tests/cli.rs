@@ -266,9 +266,13 @@ fn a_bad_environment_is_told_like_a_bad_argument() {
 #[test]
 fn help_and_version_go_to_stdout() {
     let place = Place::new();
-    for arguments in
-        [&["--help"][..], &["image", "import", "-h"], &["libvirt", "--help"], &["libvirt", "xml", "-h"]]
-    {
+    for arguments in [
+        &["--help"][..],
+        &["help", "scrub"],
+        &["image", "import", "-h"],
+        &["libvirt", "--help"],
+        &["libvirt", "xml", "-h"],
+    ] {
         assert!(place.works(arguments).contains("Usage: cowdisk"), "{arguments:?}");
     }
     assert_eq!(place.works(&["--version"]), format!("cowdisk {}\n", env!("CARGO_PKG_VERSION")));

@@ -17,7 +17,7 @@ Results go to stdout, all else to stderr. Exit code: 0 done, 1 failed, 2 wrong u
 
 /// Copy-on-write disks for virtual machines.
 #[derive(Debug, Parser)]
-#[command(name = "cowdisk", version, after_help = AFTER_HELP, disable_help_subcommand = true)]
+#[command(name = "cowdisk", version, after_help = AFTER_HELP)]
 pub struct Cli {
     /// The directory of the store
     #[arg(

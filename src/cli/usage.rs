@@ -59,7 +59,8 @@ fn hint(error: &clap::Error, text: &str, arguments: &[OsString]) -> Option<Strin
         ClapKind::ValueValidation | ClapKind::InvalidValue => None,
         ClapKind::MissingSubcommand | ClapKind::InvalidSubcommand => {
             let command = command_meant(arguments);
-            let names: Vec<&str> = command.get_subcommands().map(Command::get_name).collect();
+            let names = command.get_subcommands().map(Command::get_name).filter(|name| *name != "help");
+            let names: Vec<&str> = names.collect();
             Some(format!("commands of {}: {}", name(&command), names.join(", ")))
         }
         _ => {

@@ -211,7 +211,13 @@ pub(super) fn sweep(tmp: &Dir, recount: impl FnOnce() -> Result<bool>) -> Result
             dead.push((name, flock));
         }
     }
-    if dead.is_empty() || !recount()? {
+    if dead.is_empty() {
+        return Ok(());
+    }
+    // A remover may have died between its rename and the sync: were what it removed deleted in part, a crash could bring
+    // the rest back.
+    tmp.sync()?;
+    if !recount()? {
         return Ok(());
     }
     for (name, _flock) in &dead {

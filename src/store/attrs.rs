@@ -174,11 +174,8 @@ impl Store {
     }
 
     /// Removes a record from [`layout::ATTRS`] so that no crash brings it back for a later object of that name. Nothing
-    /// there is no error.
+    /// there is no error, but a removal then, too: a process may have died before it was durable.
     pub(super) fn forget_attributes(&self, file: &str) -> Result<()> {
-        if !self.attrs.has(file)? {
-            return Ok(());
-        }
         self.attrs.unlink(file)?;
         self.attrs.sync()
     }

@@ -161,7 +161,8 @@ impl Store {
     /// that is there but damaged is replaced, in an order in which there is a base at any time.
     pub(super) fn publish_base(&self, draft: BaseDraft<'_>, id: &BaseId, lock: &StoreLock) -> Result<()> {
         match self.open_base(id) {
-            Ok(_) => return Ok(()),
+            // Whoever gave it its place may have died before that was durable.
+            Ok(_) => return self.bases.sync(),
             Err(error) if error.kind() == ErrorKind::NotFound => {}
             Err(error) if error.kind() == ErrorKind::Corrupt => log::warn!("replacing it: {error}"),
             Err(error) => return Err(error),

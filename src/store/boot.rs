@@ -45,7 +45,8 @@ impl Store {
     pub(super) fn publish_boot_file(&self, draft: BootFileDraft<'_>, _lock: &StoreLock) -> Result<()> {
         let name = draft.id.to_string();
         if self.boot.has(&name)? {
-            return Ok(());
+            // Whoever gave it its place may have died before that was durable.
+            return self.boot.sync();
         }
         // Of an earlier one of that content, should a crash have left it.
         self.forget_attributes(&layout::boot_attributes_file(&draft.id))?;

@@ -26,7 +26,7 @@ pub(super) fn is_probe(name: &str) -> bool {
 /// Makes a sparse file in `folder`, punches a hole into it and looks whether it is one.
 ///
 /// # Errors
-/// [`ErrorKind::Unsupported`], with the name of the filesystem.
+/// [`ErrorKind::Unsupported`], with the name of the filesystem, if it cannot; those of the host if it fails.
 pub(super) fn check(folder: &Dir) -> Result<()> {
     let probe = DraftFile::new(folder, PROBE)?;
     let file = probe.file().file();
@@ -36,8 +36,13 @@ pub(super) fn check(folder: &Dir) -> Result<()> {
     };
     let bytes = vec![0xa5; usize::try_from(PROBE_BYTES).unwrap_or(0)];
     probe.file().write_at(0, &bytes)?;
-    probe.file().set_len(PROBE_END).map_err(|_| unsupported("sparse files of 64 GiB"))?;
-    probe.file().punch(0, PROBE_BYTES).map_err(|_| unsupported("hole punching"))?;
+    // A disk that is full or fails says nothing of what the filesystem can do.
+    let refused = |error: Error, what: &str| match error.kind() {
+        ErrorKind::Unsupported | ErrorKind::OutOfRange => unsupported(what),
+        _ => error,
+    };
+    probe.file().set_len(PROBE_END).map_err(|error| refused(error, "sparse files of 64 GiB"))?;
+    probe.file().punch(0, PROBE_BYTES).map_err(|error| refused(error, "hole punching"))?;
     let mut byte = [1];
     file.read_exact_at(&mut byte, 0).context(|| "read from the host filesystem")?;
     let data = rustix::fs::seek(file, SeekFrom::Data(0));

@@ -96,6 +96,8 @@ impl Store {
     /// of a change. Answers whether it is done; if not (a record is damaged, a base is being read), what is left stays
     /// until a later call.
     pub(super) fn remove_unreferenced(&self, lock: &StoreLock) -> Result<bool> {
+        // A record that a dead process has taken away must be away for good before what it referred to goes.
+        self.tmp.sync()?;
         let references = match self.references(lock, Except::Nothing) {
             Ok(references) => references,
             Err(error) => {
@@ -129,6 +131,8 @@ impl Store {
                 self.attrs.unlink(&name)?;
             }
         }
+        // What the dead have removed themselves, too: with the sign gone nobody would look again.
+        self.attrs.sync()?;
         Ok(done)
     }
 }

@@ -75,6 +75,12 @@ pub(super) fn init(host: &Arc<dyn Host>, path: &Path) -> Result<()> {
     if root.has(layout::SUPERBLOCK)? {
         return Err(exists(&root));
     }
+    // Of an `init` that a crash has cut short.
+    for name in root.names()? {
+        if host_fs::is_probe(&name) && atomic::is_dead(&root, &name)? {
+            root.unlink(&name)?;
+        }
+    }
     root.set_mode(MODE_STORE)?;
     for folder in layout::FOLDERS {
         if !root.has(folder)? {

@@ -2,6 +2,8 @@
 #![allow(dead_code, clippy::cast_possible_truncation)]
 
 pub mod boot;
+pub mod host;
 pub mod live;
 pub mod record;
 pub mod sim;
+pub mod tree;

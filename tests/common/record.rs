@@ -68,6 +68,15 @@ impl Image {
         self.sectors.iter().map(|(index, sector)| (*index, sector.as_ref()))
     }
 
+    /// The sectors that are not as in `other`, as they are here.
+    pub fn differing(&self, other: &Self) -> Vec<(u64, Content)> {
+        let mut indexes: Vec<u64> = self.sectors.keys().chain(other.sectors.keys()).copied().collect();
+        indexes.sort_unstable();
+        indexes.dedup();
+        indexes.retain(|index| self.sector(*index) != other.sector(*index));
+        indexes.into_iter().map(|index| (index, self.sectors.get(&index).cloned())).collect()
+    }
+
     /// A number that two images share only if they have the same contents in memory; it may differ where bytes do not.
     pub fn fingerprint(&self) -> u64 {
         self.sectors.iter().fold(self.len, |sum, (index, sector)| {
@@ -408,7 +417,8 @@ pub enum Choice {
 }
 
 impl Choice {
-    fn takes(&mut self, file: usize, change: usize, part: usize, parts: usize) -> bool {
+    /// Whether a part of a change of a file reaches the disk; of a file's end, `part` is `parts`.
+    pub fn takes(&mut self, file: usize, change: usize, part: usize, parts: usize) -> bool {
         match self {
             Self::Lost => false,
             Self::All => true,

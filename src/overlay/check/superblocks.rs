@@ -76,13 +76,13 @@ pub(super) fn read(object: &str, map: &dyn Storage) -> Result<Copies> {
     })
 }
 
-/// Whether a crash while `bad` was written explains it: of its sectors, one end is that of the writing that `good` has,
-/// the other that of the writing before or after. Damage elsewhere, or to the very writing that `good` has, is none of
-/// its doing.
+/// Whether a crash while `bad` was written explains it: it begins as the writing that `good` has and ends otherwise, or it
+/// begins as the writing before or after that. (How it then ends nobody can tell: after two crashes in a row the writing
+/// after lies over the one before.) Damage elsewhere, or to the very writing that `good` has, is none of its doing.
 fn is_torn(bad: &Copy, good: &Copy) -> bool {
     let tail = SUPERBLOCK_BYTES - SECTOR;
     let middle_is_zero = bad[SECTOR..SUPERBLOCK_BYTES - CHECKSUM_BYTES].iter().all(|&byte| byte == 0);
     let (head_same, tail_same) = (bad[..SECTOR] == good[..SECTOR], bad[tail..] == good[tail..]);
     let distance = Superblock::generation_of(bad).abs_diff(Superblock::generation_of(good));
-    middle_is_zero && (head_same && !tail_same || tail_same && distance == 1)
+    middle_is_zero && (head_same && !tail_same || distance == 1)
 }

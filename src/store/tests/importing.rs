@@ -278,7 +278,10 @@ fn an_image_is_not_imported_before_the_attributes_of_its_predecessor_are_gone_fo
     t.store.attrs = Dir::open_unsyncable(&t.path("attrs")).unwrap();
     t.import("debian", &image_bytes()).unwrap_err();
     assert_eq!(t.names("images").len() + t.names("bases").len() + t.names("tmp").len(), 0);
-    // Nothing is synced where there was nothing to remove.
+    // They have no name any more, but whether that is durable nobody knows: once, that was taken for gone.
+    assert!(t.names("attrs").is_empty());
+    t.import("debian", &image_bytes()).unwrap_err();
+    t.store.attrs = Dir::open_path(&t.path("attrs")).unwrap();
     t.import("debian", &image_bytes()).unwrap();
 }
 

@@ -161,7 +161,7 @@ impl Store {
                     inventory.boot_files_are_used([image.kernel, image.ramdisk], &user);
                     inventory.base_is_used(image.base, user);
                     self.look_at_attributes(
-                        &FileRef::Image(name.clone()),
+                        &FileRef::Image(name.clone(), image.base),
                         format!("image {name}"),
                         request,
                         report,

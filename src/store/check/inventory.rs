@@ -232,6 +232,14 @@ impl Store {
                 unknown(report, layout::INSTANCES, name.as_str());
                 return Ok(());
             }
+            // A link. What it leads to is not looked at, so what that refers to is not known.
+            Err(error) if error.kind() == ErrorKind::Corrupt => {
+                inventory.complete = false;
+                let remedy = Remedy::Operator("put the instance's own folder in its place".to_owned());
+                let object = format!("instance {name}");
+                report.add("instance-record", Severity::Damage, object, said(&error), remedy);
+                return Ok(());
+            }
             other => other?,
         };
         for disk in DiskName::ALL {

@@ -11,7 +11,7 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use rustix::fs::{AtFlags, FileType, Mode, OFlags, RenameFlags, Stat, Timestamps};
+use rustix::fs::{AtFlags, FileType, Mode, OFlags, RenameFlags, Stat, Timestamps, Uid};
 use rustix::io::Errno;
 
 use crate::error::{Context, Error, ErrorKind, Result};
@@ -184,6 +184,12 @@ impl Dir {
     pub(super) fn device_and_inode(&self) -> Result<(u64, u64)> {
         let stat = rustix::fs::fstat(&self.fd).context(|| format!("look up {}", self.path.display()))?;
         Ok((stat.st_dev, stat.st_ino))
+    }
+
+    /// The user whom this folder belongs to.
+    pub(super) fn owner(&self) -> Result<Uid> {
+        let stat = rustix::fs::fstat(&self.fd).context(|| format!("look up {}", self.path.display()))?;
+        Ok(Uid::from_raw(stat.st_uid))
     }
 
     /// What is under that name, without following a link; `None` if nothing is.

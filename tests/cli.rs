@@ -13,6 +13,10 @@ mod bad_inputs;
 mod checking;
 #[path = "cli/confined.rs"]
 mod confined;
+#[path = "cli/hostile_guest.rs"]
+mod hostile_guest;
+#[path = "cli/hostile_store.rs"]
+mod hostile_store;
 #[path = "cli/mounted.rs"]
 mod mounted;
 #[path = "cli/scrubbing.rs"]

@@ -44,4 +44,5 @@ replayed! {
     stores_are_refused_or_served_from_inside: "records";
     names_are_refused_or_come_back: "names";
     options_are_refused_or_come_back: "options";
+    requests_are_refused_or_understood: "http";
 }

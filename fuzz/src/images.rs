@@ -49,7 +49,7 @@ impl ImageBytes for SparseImage<'_> {
         let end = end.ok_or_else(|| Error::new(ErrorKind::Io, "past the end"))?;
         buf.fill(0);
         for (at, bytes) in &self.pieces {
-            let piece_end = at + bytes.len() as u64;
+            let piece_end = at.saturating_add(bytes.len() as u64);
             let (from, to) = (offset.max(*at), end.min(piece_end));
             if from < to {
                 let place = |position: u64, start: u64| usize::try_from(position - start).expect("within");

@@ -17,13 +17,13 @@ pub use formats::{journal, map_page, superblock};
 pub use images::image_header;
 pub use layer::{layer, live_map};
 pub use stores::records;
-pub use texts::{names, options};
+pub use texts::{http, names, options};
 
 /// A target: its name, and what runs it.
 pub type Target = (&'static str, fn(&[u8]));
 
 /// All of them.
-pub const TARGETS: [Target; 9] = [
+pub const TARGETS: [Target; 10] = [
     ("superblock", superblock),
     ("map_page", map_page),
     ("journal", journal),
@@ -33,4 +33,5 @@ pub const TARGETS: [Target; 9] = [
     ("records", records),
     ("names", names),
     ("options", options),
+    ("http", http),
 ];

@@ -82,7 +82,9 @@ impl Victim {
             assert!(image.size > 0 && image.size.is_multiple_of(512));
             let _ = image.kernel.map(|id| store.attributes(&FileRef::Boot(id)));
         }
-        if let Ok(attributes) = store.attributes(&FileRef::Image(name("image"))) {
+        if let Ok(image) = store.image(&name("image"))
+            && let Ok(attributes) = store.attributes(&FileRef::Image(image.name, image.base))
+        {
             assert!(attributes.mode <= 0o7777);
         }
         if let Ok(instance) = store.instance(&name("web")) {

@@ -1,10 +1,12 @@
-//! What users and other programs write: names, sizes, options, arguments.
+//! What users and other programs write: names, sizes, options, arguments, requests to the control socket.
 
 use std::ffi::OsString;
 use std::os::unix::ffi::OsStringExt as _;
 
 use cowdisk::ErrorKind;
-use cowdisk::daemon::{FLUSH_SECONDS_MAX, MountOptions, THREADS_MAX};
+use cowdisk::daemon::{
+    FLUSH_SECONDS_MAX, MountOptions, REQUEST_BYTES_MAX, Request, THREADS_MAX, read_request,
+};
 use cowdisk::format::{BaseId, LayerId};
 use cowdisk::store::{BootFileId, DiskName, FlavorFs, ObjectName, SourceFormat, Timestamp};
 use cowdisk::units::{HumanBytes, parse_size};
@@ -70,5 +72,36 @@ pub fn options(data: &[u8]) {
     if let Ok(Task::Mount(request)) = arguments::parse(words.collect()) {
         assert!(!request.store.is_empty() && !request.dir.is_empty());
         assert!(request.options.iter().all(|option| !option.is_empty() && option != "remount"));
+    }
+}
+
+/// A request to the control socket, as it comes: read again after each piece, until it is whole or refused.
+pub fn http(data: &[u8]) {
+    // A first byte that says how long the pieces are, and words that a fuzzer would be long in finding.
+    let mut input = Input::new(data);
+    let (piece, prefix) = (usize::from(input.byte()) + 1, input.byte());
+    let mut bytes = match prefix % 4 {
+        0 => b"GET /metrics HTTP/1.1\r\n".to_vec(),
+        1 => b"GET /v1/status HTTP/1.0\r\nContent-Length: 0\r\n".to_vec(),
+        2 => b"POST /v1/status HTTP/1.1\r\nTransfer-Encoding: chunked\r\n".to_vec(),
+        _ => Vec::new(),
+    };
+    bytes.extend_from_slice(input.rest());
+    let all = read_request(&bytes);
+    let mut seen = 0;
+    let by_pieces = loop {
+        seen = (seen + piece).min(bytes.len());
+        match read_request(&bytes[..seen]) {
+            Request::Incomplete if seen < bytes.len() => {}
+            answer => break answer,
+        }
+    };
+    assert!(all != Request::Incomplete || bytes.len() < REQUEST_BYTES_MAX, "no end of waiting");
+    // Pieces matter only where what follows a whole request, or its lateness, makes it too long.
+    if bytes.len() < REQUEST_BYTES_MAX {
+        assert_eq!(by_pieces, all);
+    }
+    if let Request::Whole(_) = all {
+        assert!(bytes.starts_with(b"GET ") || bytes.starts_with(b"\r\n") || bytes.starts_with(b"\n"));
     }
 }

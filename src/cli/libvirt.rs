@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use super::Session;
 use super::args::{GuestArgs, LibvirtArgs, LibvirtCommand};
+use crate::daemon;
 use crate::error::{Context as _, Error, ErrorKind, Result};
 use crate::libvirt::domain::{Domain, GuestDisk};
 use crate::libvirt::guest::{Guest, GuestOptions, MountedInstance};
@@ -18,7 +19,8 @@ const MEMORY_BYTES: u64 = 512 << 20;
 /// Does what the command says.
 pub(super) fn run(session: &mut Session, args: LibvirtArgs) -> Result<()> {
     let virsh = Virsh::new(args.connect.as_deref());
-    let store = session.open_store()?;
+    // What is read of the store afterwards is read by descriptors, of regular files beneath its folder.
+    let store = daemon::as_owner(&session.store, || session.open_store())?;
     match args.command {
         LibvirtCommand::Xml { instance, domain, guest } => xml(session, &store, &instance, domain, guest),
         LibvirtCommand::Start { instance, guest } => {

@@ -22,17 +22,17 @@ struct StatusView {
 
 /// Prints how a store is served.
 pub(super) fn run(session: &mut Session, args: &StatusArgs) -> Result<()> {
-    let store = match &args.mountpoint {
-        None => session.open_store()?,
-        Some(mountpoint) => Store::open(&store_mounted_on(mountpoint)?)?,
+    let dir = match &args.mountpoint {
+        None => session.store.clone(),
+        Some(mountpoint) => store_mounted_on(mountpoint)?,
     };
-    let status = daemon::status(&store)?;
+    // It may be another store than that whose owner we are by now.
+    let status = daemon::as_owner(&dir, || daemon::status(&Store::open(&dir)?))?;
     if args.form.json {
-        let store = store.dir().to_owned();
-        return session.output.json(&StatusView { store, mounted: status.is_some(), daemon: status });
+        return session.output.json(&StatusView { store: dir, mounted: status.is_some(), daemon: status });
     }
     match status {
-        None => session.output.line(&format!("store {}: not mounted", store.dir().display())),
+        None => session.output.line(&format!("store {}: not mounted", dir.display())),
         Some(status) => show(session, &status),
     }
 }

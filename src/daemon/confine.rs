@@ -33,7 +33,9 @@ pub(super) fn confine(mountpoint: &Path) {
     };
     rustix::process::umask(rustix::fs::Mode::from_raw_mode(0o077));
     if root {
-        step("safety from the out-of-memory killer", lower_oom_score());
+        // Of a process that was another user's, such files are root's.
+        let lowered = super::identity::with_capabilities(lower_oom_score);
+        step("safety from the out-of-memory killer", lowered);
         // Under memory pressure the kernel writes back through us; our own allocations must not wait for that.
         let flusher = rustix::process::configure_io_flusher_behavior(true);
         step("memory reserved for writing back", flusher.context(|| "set PR_SET_IO_FLUSHER"));

@@ -7,7 +7,7 @@
 use std::path::Path;
 
 use rustix::process::{Gid, Uid};
-use rustix::thread::CapabilitySet;
+use rustix::thread::{CapabilitySet, CapabilitySets};
 
 use crate::error::{Context, Error, ErrorKind, Result};
 
@@ -16,14 +16,21 @@ use crate::error::{Context, Error, ErrorKind, Result};
 pub enum Keep {
     /// Nothing.
     Nothing,
-    /// The capabilities, until the process is confined: a daemon has to mount.
+    /// The capabilities, until the process is confined: a daemon has to mount. Those that would open files to us that are
+    /// closed to the owner are in effect only in [`with_capabilities`]: what lies in the store is the owner's choice.
     Capabilities,
 }
+
+/// What stays in effect of capabilities that were kept: to mount, to be spared, to raise limits, to give up the rest.
+const IN_EFFECT: CapabilitySet =
+    CapabilitySet::SYS_ADMIN.union(CapabilitySet::SYS_RESOURCE).union(CapabilitySet::SETPCAP);
 
 /// Becomes the user whom `store` belongs to, if that is another one and we are root. A store that is not there changes
 /// nothing.
 ///
-/// It acts on the calling thread and on those that it starts: to be called before there are others.
+/// It acts on the calling thread and on those that it starts: to be called before there are others. The path could lead
+/// to another folder by the time that the store is opened; [`Store::open`](crate::store::Store::open) therefore refuses
+/// root another user's.
 ///
 /// # Errors
 /// [`ErrorKind::Denied`] if this root may not.
@@ -69,14 +76,34 @@ fn switch(uid: Uid, gid: Gid, keep: Keep) -> rustix::io::Result<()> {
     rustix::thread::set_thread_res_gid(gid, gid, gid)?;
     rustix::thread::set_thread_res_uid(uid, uid, uid)?;
     rustix::thread::set_keep_capabilities(false)?;
-    let mut sets = rustix::thread::capabilities(None)?;
-    sets.effective = sets.permitted;
+    // Said outright: a process may have been told (by its securebits) to keep them.
+    let none = CapabilitySet::empty();
+    let had = match keep {
+        Keep::Nothing => none,
+        Keep::Capabilities => rustix::thread::capabilities(None)?.permitted,
+    };
+    let sets = CapabilitySets { effective: had & IN_EFFECT, permitted: had, inheritable: none };
     rustix::thread::set_capabilities(None, sets)
+}
+
+/// Runs `work` with all capabilities that this thread has kept in effect.
+///
+/// # Errors
+/// Those of `work`.
+pub(super) fn with_capabilities<T>(work: impl FnOnce() -> Result<T>) -> Result<T> {
+    let what = || "use the capabilities that were kept";
+    let before = rustix::thread::capabilities(None).context(what)?;
+    let raised = CapabilitySets { effective: before.permitted, ..before };
+    rustix::thread::set_capabilities(None, raised).context(what)?;
+    let result = work();
+    rustix::thread::set_capabilities(None, before).context(what)?;
+    result
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::store::Store;
 
     #[test]
     fn root_acts_as_the_owner_of_another_users_store_and_stays_root() {
@@ -90,7 +117,8 @@ mod tests {
             std::fs::File::create(&path).context(|| "create")?;
             rustix::thread::capabilities(None).context(|| "ask")
         });
-        assert!(sets.unwrap().permitted.is_empty());
+        let sets = sets.unwrap();
+        assert!(sets.permitted.is_empty() && sets.inheritable.is_empty());
         let made = std::fs::metadata(&path).unwrap();
         assert_eq!(
             (std::os::unix::fs::MetadataExt::uid(&made), std::os::unix::fs::MetadataExt::gid(&made)),
@@ -99,5 +127,38 @@ mod tests {
         let denied = as_owner(folder.path(), || std::fs::read("/etc/shadow").context(|| "read"));
         assert_eq!(denied.unwrap_err().kind(), ErrorKind::Denied);
         assert!(rustix::process::geteuid().is_root());
+    }
+
+    /// A daemon that had become the owner opened his store with root's right to read and write every file.
+    #[test]
+    fn capabilities_that_open_files_are_in_effect_for_a_moment_only() {
+        assert!(rustix::process::geteuid().is_root(), "needs root");
+        let folder = tempfile::tempdir().unwrap();
+        std::os::unix::fs::chown(folder.path(), Some(4321), Some(1234)).unwrap();
+        let path = folder.path().to_owned();
+        let thread = std::thread::spawn(move || {
+            become_owner(&path, Keep::Capabilities).unwrap();
+            assert!(may_mount());
+            let read = || std::fs::read("/etc/shadow").context(|| "read");
+            assert_eq!(read().unwrap_err().kind(), ErrorKind::Denied);
+            assert!(with_capabilities(read).is_ok());
+            assert_eq!(read().unwrap_err().kind(), ErrorKind::Denied);
+        });
+        thread.join().unwrap();
+    }
+
+    /// Between the look at the owner and the opening the folder may become another one.
+    #[test]
+    fn root_does_not_open_another_users_store_as_root() {
+        assert!(rustix::process::geteuid().is_root(), "needs root");
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("store");
+        Store::init(&path).unwrap();
+        assert!(Store::open(&path).is_ok());
+        let chown = |path: &Path| std::os::unix::fs::chown(path, Some(4321), Some(1234)).unwrap();
+        chown(&path);
+        let error = Store::open(&path).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Denied);
+        assert!(error.to_string().contains("belongs to user 4321"), "{error}");
     }
 }

@@ -18,12 +18,21 @@ pub struct MountEntry {
     pub fs_type: String,
     /// What is mounted: for a mount of ours the directory of the store.
     pub source: PathBuf,
+    /// The user who mounted it, as the kernel knows him, if it is a FUSE mount.
+    pub user: Option<u32>,
 }
 
 impl MountEntry {
     /// Whether this is a store of cowdisk.
     pub fn is_ours(&self) -> bool {
         self.fs_type == FS_TYPE
+    }
+
+    /// Whether it is what it says: a store, mounted by its owner. Any user may mount something of his own under our type
+    /// and another store's name.
+    pub(super) fn is_of_its_store(&self) -> bool {
+        let owner = rustix::fs::stat(&self.source).map(|stat| stat.st_uid);
+        self.is_ours() && owner.is_ok_and(|owner| Some(owner) == self.user)
     }
 }
 
@@ -55,7 +64,9 @@ fn parse_line(line: &[u8]) -> Option<MountEntry> {
     let mut fields = fields.skip_while(|field| *field != b"-").skip(1);
     let fs_type = String::from_utf8_lossy(fields.next()?).into_owned();
     let source = unescape(fields.next()?);
-    Some(MountEntry { mountpoint, device: (major.parse().ok()?, minor.parse().ok()?), fs_type, source })
+    let options = fields.next().and_then(|options| std::str::from_utf8(options).ok()).unwrap_or_default();
+    let user = options.split(',').find_map(|option| option.strip_prefix("user_id=")?.parse().ok());
+    Some(MountEntry { mountpoint, device: (major.parse().ok()?, minor.parse().ok()?), fs_type, source, user })
 }
 
 /// Undoes the kernel's `\040` for a space, a tab, a newline, a `#` or a backslash.
@@ -113,6 +124,21 @@ mod tests {
         assert_eq!(mounts[1].device, (0, 45));
         assert!(mounts[1].is_ours());
         assert!(!mounts[0].is_ours());
+        assert_eq!((mounts[0].user, mounts[1].user), (None, Some(0)));
+    }
+
+    /// A user could mount something of his own in the name of another's store, and root's `umount STORE` took that away.
+    #[test]
+    fn a_mount_by_another_user_is_not_of_the_store_that_it_names() {
+        let store = tempfile::tempdir().unwrap();
+        let owner = rustix::process::geteuid().as_raw();
+        let mount = |user| {
+            let name = store.path().display();
+            let line = format!("30 22 0:45 / /mnt rw - fuse.cowdisk {name} rw,user_id={user},group_id=0\n");
+            parse(line.as_bytes()).remove(0)
+        };
+        assert!(mount(owner).is_of_its_store());
+        assert!(!mount(owner + 1000).is_of_its_store());
     }
 
     #[test]

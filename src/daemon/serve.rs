@@ -58,7 +58,8 @@ enum Event {
 /// # Errors
 /// Before `on_ready`: why the store cannot be mounted; nothing is mounted then. After it: what could not be made durable.
 pub fn serve(store: Store, mountpoint: &Path, options: &MountOptions, on_ready: impl FnOnce()) -> Result<()> {
-    let mountpoint = mountpoint::prepare(mountpoint, store.dir())?;
+    // The way to the mountpoint may be closed to the store's owner.
+    let mountpoint = identity::with_capabilities(|| mountpoint::prepare(mountpoint, store.dir()))?;
     let store = store.with_space_policy(options.space);
     let lock = store.serve_lock(&mountpoint)?;
     let run_dir = store.run_dir()?;
@@ -67,7 +68,7 @@ pub fn serve(store: Store, mountpoint: &Path, options: &MountOptions, on_ready: 
     let fs = Arc::new(Fs::new(store.accepting_loss(options.accept_loss))?);
     let unmounter = Unmounter::new(&mountpoint)?;
     // Taken away again, when this is dropped, if something fails before it is answered.
-    let mounted = Mounted::new(&source, &mountpoint, options, &unmounter)?;
+    let mounted = identity::with_capabilities(|| Mounted::new(&source, &mountpoint, options, &unmounter))?;
     // Before the first thread: what is given up is given up by each thread for itself.
     confine(&mountpoint);
     let (events, inbox) = channel();

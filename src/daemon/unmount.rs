@@ -35,12 +35,14 @@ pub fn unmount(target: &Path) -> Result<()> {
     let mounts = mounts::mounts()?;
     let entry = mounts::mount_at(&mounts, &path)
         .filter(|mount| mount.is_ours())
-        .or_else(|| mounts.iter().rev().find(|mount| mount.is_ours() && mount.source == path))
+        .or_else(|| mounts.iter().rev().find(|mount| mount.source == path && mount.is_of_its_store()))
         .ok_or_else(|| {
             Error::new(ErrorKind::NotFound, format!("{}: no store is mounted there", target.display()))
         })?;
-    // Without the right to look into the store, one can still unmount, only not wait.
-    let store = as_owner(&entry.source, || Store::open(&entry.source)).ok();
+    // Without the right to look into the store, or where somebody only says that it is one, one can still unmount, only
+    // not wait.
+    let open = || as_owner(&entry.source, || Store::open(&entry.source)).ok();
+    let store = entry.is_of_its_store().then(open).flatten();
     let server = store.as_ref().and_then(|store| store.serving().ok().flatten());
     // The kernel would not mind users in other mount namespaces; but the daemon would go on for them, out of reach.
     if server.is_some() && !holders::holders(entry.device).is_empty() {

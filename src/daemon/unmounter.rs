@@ -6,11 +6,11 @@
 
 use std::ffi::OsString;
 use std::io::{BufRead, BufReader, Write};
+use std::os::unix::process::CommandExt as _;
 use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
 
 use parking_lot::Mutex;
-use rustix::thread::CapabilitySet;
 
 use super::identity;
 use crate::error::{Context, Error, ErrorKind, Result};
@@ -53,21 +53,9 @@ impl Unmounter {
     pub(super) fn unmount(&self) -> Result<()> {
         match &self.shell {
             Some(shell) => shell.lock().ask().context(|| format!("unmount {}", self.mountpoint.display())),
-            None => with_capabilities(|| mount::unmount(&self.mountpoint)),
+            None => identity::with_capabilities(|| mount::unmount(&self.mountpoint)),
         }
     }
-}
-
-/// Runs `work` with all that this thread has put into effect.
-fn with_capabilities<T>(work: impl FnOnce() -> Result<T>) -> Result<T> {
-    let what = || "use the capability to unmount";
-    let before = rustix::thread::capabilities(None).context(what)?;
-    let mut raised = before;
-    raised.effective |= raised.permitted & (CapabilitySet::SYS_ADMIN | CapabilitySet::DAC_READ_SEARCH);
-    rustix::thread::set_capabilities(None, raised).context(what)?;
-    let result = work();
-    rustix::thread::set_capabilities(None, before).context(what)?;
-    result
 }
 
 impl Shell {
@@ -77,6 +65,8 @@ impl Shell {
         let mut child = Command::new("/bin/sh")
             .args(arguments)
             .current_dir("/")
+            // The Ctrl-C of a terminal is for us alone: at it, the mount is to be taken away.
+            .process_group(0)
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
             .stderr(Stdio::null())

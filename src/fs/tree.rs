@@ -297,12 +297,9 @@ impl Tree {
     /// [`Errno::STALE`] if an image has been removed.
     pub fn file_ref(&self, node: &Node) -> Outcome<Option<FileRef>> {
         Ok(match node {
-            // The store itself looks at the id.
+            // The store itself looks at the id, and at the content.
             Node::Disk { instance, disk, id } => Some(FileRef::Disk(instance.clone(), *id, *disk)),
-            Node::Image { name, .. } => {
-                self.image_of(name, node)?;
-                Some(FileRef::Image(name.clone()))
-            }
+            Node::Image { name, base } => Some(FileRef::Image(name.clone(), *base)),
             Node::BootFile(id) => Some(FileRef::Boot(*id)),
             Node::Root | Node::Images | Node::Boot | Node::Instances => None,
             Node::Instance { .. } | Node::Link { .. } => None,

@@ -1,7 +1,8 @@
 //! The seam of the host's disk: everything by which cowdisk changes it.
 //!
 //! [`Host`] has one method for each such change, in terms of open folders, names and open files; what only reads does
-//! not go through it. [`RealHost`] makes the system calls. Tests put a host in its place that records each change or
+//! not go through it, but for [`open_beneath`], by which everything in a store is opened. [`RealHost`] makes the system
+//! calls. Tests put a host in its place that records each change or
 //! lets the n-th one fail. `tests/tidy.rs` refuses such calls anywhere else, but for these exceptions:
 //!
 //! - The live map and the run directory (`overlay/live_map.rs`, `store/run_dir.rs`, and its removal in `store/disk.rs`)
@@ -19,7 +20,7 @@ use std::fmt::Debug;
 use std::io::IoSlice;
 use std::os::fd::{BorrowedFd, OwnedFd};
 
-use rustix::fs::{AtFlags, FallocateFlags, Mode, OFlags, RenameFlags, Timestamps};
+use rustix::fs::{AtFlags, FallocateFlags, Mode, OFlags, RenameFlags, ResolveFlags, Timestamps};
 use rustix::io::{Errno, ReadWriteFlags, Result, retry_on_intr};
 
 /// What changes the host's disk. A name is one component of a path, looked up in the open folder before it. Offsets and
@@ -104,8 +105,8 @@ impl Host for RealHost {
     }
 
     fn create_file(&self, dir: BorrowedFd<'_>, name: &OsStr, mode: u32) -> Result<OwnedFd> {
-        let flags = OFlags::RDWR | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-        rustix::fs::openat(dir, name, flags, Mode::from_raw_mode(mode))
+        let flags = OFlags::RDWR | OFlags::CREATE | OFlags::EXCL;
+        open_beneath(dir, name, flags, Mode::from_raw_mode(mode))
     }
 
     fn rename(
@@ -177,6 +178,34 @@ impl Host for RealHost {
     fn set_times(&self, dir: BorrowedFd<'_>, name: &OsStr, times: &Timestamps) -> Result<()> {
         rustix::fs::utimensat(dir, name, times, AtFlags::SYMLINK_NOFOLLOW)
     }
+}
+
+/// Opens `name`, one component of a path, in the open folder `dir` and nowhere else: by openat2(2), never through a
+/// symbolic link and never out of the folder. Nothing that it opens waits (a fifo for its other end) or becomes the
+/// terminal of this process.
+///
+/// Where the kernel (before 5.6) or a sandbox around us refuses the call itself, openat(2) with `O_NOFOLLOW` does the
+/// same for one component: it is neither `..` nor absolute, so there is no other step to take, and its last and only step
+/// may not be a link, of which the magic links of /proc are a kind.
+///
+/// # Errors
+/// `ELOOP` or `ENOTDIR` for a symbolic link.
+pub fn open_beneath(dir: BorrowedFd<'_>, name: &OsStr, flags: OFlags, mode: Mode) -> Result<OwnedFd> {
+    assert_component(name);
+    let flags = flags | OFlags::NOFOLLOW | OFlags::CLOEXEC | OFlags::NONBLOCK | OFlags::NOCTTY;
+    let resolve = ResolveFlags::BENEATH | ResolveFlags::NO_SYMLINKS | ResolveFlags::NO_MAGICLINKS;
+    match retry_on_intr(|| rustix::fs::openat2(dir, name, flags, mode, resolve)) {
+        // EPERM may also be the file's own (one that is immutable); it is then said again.
+        Err(Errno::NOSYS | Errno::PERM) => retry_on_intr(|| rustix::fs::openat(dir, name, flags, mode)),
+        other => other,
+    }
+}
+
+/// Names come from `layout.rs` or are checked by `names.rs`, both of the store.
+fn assert_component(name: &OsStr) {
+    let bytes = name.as_encoded_bytes();
+    let is_one = !bytes.is_empty() && bytes != b"." && bytes != b".." && !bytes.contains(&b'/');
+    assert!(is_one, "not a file name: {name:?}");
 }
 
 /// Writes what the calls before it left over, until all is written.

@@ -18,7 +18,7 @@ use std::fmt::Debug;
 use crate::error::{Error, ErrorKind, Result};
 
 pub use file::FileStorage;
-pub use host::{Host, RealHost};
+pub use host::{Host, RealHost, open_beneath};
 pub use io_priority::{IoPriority, Urgency};
 pub use latch::{Latch, LatchedStorage};
 pub use mem::MemStorage;

@@ -243,9 +243,8 @@ enum Claim {
 }
 
 fn claim(tmp: &Dir, name: &str) -> Result<Claim> {
-    let flags = OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::CLOEXEC | OFlags::NONBLOCK | OFlags::NOCTTY;
     let shown = || format!("look at {}", tmp.path_of(name).display());
-    let fd = match rustix::fs::openat(tmp, name, flags, Mode::empty()) {
+    let fd = match tmp.open(name, OFlags::RDONLY, Mode::empty()) {
         Ok(fd) => fd,
         Err(Errno::NOENT) => return Ok(Claim::Gone),
         Err(Errno::LOOP | Errno::NXIO | Errno::NODEV) => return Ok(Claim::Dead(None)),

@@ -11,11 +11,12 @@ use serde::{Deserialize, Serialize};
 
 use super::dir::{Dir, MODE_PRIVATE, MODE_READ_ONLY};
 use super::layout::{self, DiskPart};
+use super::lock::StoreLock;
 use super::names::{DiskName, ObjectName};
 use super::record::{self, BootFileId};
 use super::{Store, atomic, hex};
 use crate::error::{Context, Error, ErrorKind, Result};
-use crate::format::LayerId;
+use crate::format::{BaseId, LayerId};
 
 /// Largest value of an extended attribute, in bytes: the kernel's own limit.
 pub const XATTR_VALUE_BYTES_MAX: usize = 64 << 10;
@@ -35,8 +36,8 @@ const ATTRIBUTES_BYTES_MAX: usize =
 pub enum FileRef {
     /// A disk of the instance that has this name and this id.
     Disk(ObjectName, LayerId, DiskName),
-    /// An image.
-    Image(ObjectName),
+    /// The image that has this name and this content.
+    Image(ObjectName, BaseId),
     /// A kernel or a ramdisk.
     Boot(BootFileId),
 }
@@ -133,10 +134,14 @@ impl Store {
     /// [`ErrorKind::NoSpace`] for a number of attributes, out of range.
     pub fn set_attributes(&self, file: &FileRef, attributes: &Attributes) -> Result<()> {
         attributes.check()?;
-        let (folder, name) = self.attributes_place(file)?;
-        // No lock: the record of a disk goes with its instance, and that of an image or a boot file that has just
-        // been removed is removed with the next one.
         let bytes = record::encode(&attributes.to_record())?;
+        // The record of a disk goes with the folder of its instance. That of an image or a boot file is found by name, and
+        // must not fall to the next one of that name, so none appears or leaves until it is written.
+        let _lock = match file {
+            FileRef::Disk(..) => None,
+            FileRef::Image(..) | FileRef::Boot(_) => Some(StoreLock::wait(&self.root)?),
+        };
+        let (folder, name) = self.attributes_place(file)?;
         atomic::replace_file(&self.tmp, folder.dir(self), &name, &bytes)
     }
 
@@ -155,10 +160,10 @@ impl Store {
                 let folder = self.instance_dir_of(instance, *id)?;
                 Ok((Place::Own(folder), layout::disk_file(*disk, DiskPart::Attributes).to_owned()))
             }
-            FileRef::Image(name) if !self.images.has(&layout::record_file(name))? => {
-                Err(absent(format!("image {name}")))
+            FileRef::Image(name, base) if self.image(name)?.base != *base => {
+                Err(absent(format!("image {name} of content {base}")))
             }
-            FileRef::Image(name) => Ok((Place::Attrs, layout::image_attributes_file(name))),
+            FileRef::Image(name, _) => Ok((Place::Attrs, layout::image_attributes_file(name))),
             FileRef::Boot(id) if !self.boot.has(&id.to_string())? => Err(absent(format!("boot file {id}"))),
             FileRef::Boot(id) => Ok((Place::Attrs, layout::boot_attributes_file(id))),
         }
@@ -168,7 +173,7 @@ impl Store {
         let stat = rustix::fs::fstat(&self.root).context(|| "look up the store's folder")?;
         let mode = match file {
             FileRef::Disk(..) => MODE_PRIVATE,
-            FileRef::Image(_) | FileRef::Boot(_) => MODE_READ_ONLY,
+            FileRef::Image(..) | FileRef::Boot(_) => MODE_READ_ONLY,
         };
         Ok(Attributes { uid: stat.st_uid, gid: stat.st_gid, mode, xattrs: BTreeMap::new() })
     }
@@ -208,6 +213,32 @@ mod tests {
         FileRef::Disk(instance.name, instance.id, DiskName::Root)
     }
 
+    fn image(store: &Store) -> FileRef {
+        let image = store.image(&"debian".parse().unwrap()).unwrap();
+        FileRef::Image(image.name, image.base)
+    }
+
+    /// An image's attributes were set by name, so those of a removed image, its mode for one, could fall to the next.
+    #[test]
+    fn attributes_of_a_removed_image_are_not_set_on_the_next_of_its_name() {
+        let t = store_with_image();
+        let store = &t.store;
+        let first = image(store);
+        let mut attributes = store.attributes(&first).unwrap();
+        attributes.mode = 0o444;
+        store.remove_instance(&"web-3".parse().unwrap()).unwrap();
+        store.remove_image(&"debian".parse().unwrap()).unwrap();
+        assert_eq!(store.set_attributes(&first, &attributes).unwrap_err().kind(), ErrorKind::NotFound);
+        let secret = t.folder.path().join("secret.raw");
+        std::io::Write::write_all(&mut std::fs::File::create(&secret).unwrap(), &[7; 8192]).unwrap();
+        let request = crate::store::ImportRequest { source: secret, ..Default::default() };
+        store.import_image(&"debian".parse().unwrap(), &request, &crate::store::NoProgress).unwrap();
+        assert_ne!(image(store), first);
+        assert_eq!(store.set_attributes(&first, &attributes).unwrap_err().kind(), ErrorKind::NotFound);
+        assert_eq!(store.attributes(&first).unwrap_err().kind(), ErrorKind::NotFound);
+        assert_eq!(store.attributes(&image(store)).unwrap().mode, 0o400);
+    }
+
     /// A disk's attributes were set by name, so those of a removed instance could fall to the next of its name.
     #[test]
     fn attributes_of_a_removed_instance_are_not_set_on_the_next_of_its_name() {
@@ -231,11 +262,11 @@ mod tests {
         let store = &t.store;
         let attributes = store.attributes(&disk(store)).unwrap();
         assert_eq!((attributes.mode, attributes.uid), (0o600, rustix::process::getuid().as_raw()));
-        let image = FileRef::Image("debian".parse().unwrap());
+        let image = image(store);
         assert_eq!(store.attributes(&image).unwrap().mode, 0o400);
         let absent = FileRef::Disk("nobody".parse().unwrap(), LayerId::random().unwrap(), DiskName::Root);
         assert_eq!(store.attributes(&absent).unwrap_err().kind(), ErrorKind::NotFound);
-        let absent = FileRef::Image("nobody".parse().unwrap());
+        let absent = FileRef::Image("nobody".parse().unwrap(), BaseId([0; 32]));
         assert_eq!(store.set_attributes(&absent, &attributes).unwrap_err().kind(), ErrorKind::NotFound);
     }
 
@@ -243,7 +274,7 @@ mod tests {
     fn attributes_survive_the_store_being_opened_again() {
         let t = store_with_image();
         let store = &t.store;
-        for file in [disk(store), FileRef::Image("debian".parse().unwrap())] {
+        for file in [disk(store), image(store)] {
             let mut attributes = store.attributes(&file).unwrap();
             (attributes.uid, attributes.gid, attributes.mode) = (64055, 108, 0o660);
             attributes.xattrs.insert("trusted.libvirt.security.dac".into(), b"+0:+0\0\xff".to_vec());

@@ -1,9 +1,9 @@
 //! A folder of the store by its descriptor.
 //!
 //! Every file and folder of the store is opened by one name relative to the descriptor of its folder, never through a
-//! symbolic link (`O_NOFOLLOW` at each step), so no link and no rename of a parent leads out of the store. Only the
+//! symbolic link ([`open_beneath`] at each step), so no link and no rename of a parent leads out of the store. Only the
 //! store's own path, which the user gives, may go through links. Whatever is opened as a file is a regular file: a
-//! fifo or a device is refused without waiting for it. All changes go through the folder's [`Host`].
+//! fifo or a device is refused by name, without waiting for it. All changes go through the folder's [`Host`].
 
 use std::ffi::{CStr, OsStr};
 use std::fs::File;
@@ -11,11 +11,11 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use rustix::fs::{AtFlags, FileType, Mode, OFlags, RenameFlags, Stat, Timestamps};
+use rustix::fs::{AtFlags, FileType, Mode, OFlags, RenameFlags, Stat, Timestamps, Uid};
 use rustix::io::Errno;
 
 use crate::error::{Context, Error, ErrorKind, Result};
-use crate::storage::{FileStorage, Host, RealHost};
+use crate::storage::{FileStorage, Host, RealHost, open_beneath};
 
 /// Access mode of a file that is read or written by its owner only.
 pub(super) const MODE_PRIVATE: u32 = 0o600;
@@ -23,6 +23,9 @@ pub(super) const MODE_PRIVATE: u32 = 0o600;
 pub(super) const MODE_READ_ONLY: u32 = 0o400;
 /// Access mode of a folder.
 pub(super) const MODE_FOLDER: u32 = 0o700;
+
+/// Most folders one in the other that are deleted, or counted, together. The store itself makes no more than two.
+pub(super) const DEPTH_MAX: u32 = 16;
 
 /// An open folder, and the host through which it is changed. `path` is only for messages.
 #[derive(Debug)]
@@ -72,11 +75,26 @@ impl Dir {
     }
 
     /// Opens a folder in this one.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Corrupt`] if there is a symbolic link under that name; [`ErrorKind::NotFound`] if there is something
+    /// else that is no folder, or nothing.
     pub(super) fn open_dir(&self, name: &str) -> Result<Self> {
-        let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-        let fd = rustix::fs::openat(&self.fd, component(name), flags, Mode::empty())
-            .context(|| format!("open folder {}", self.path_of(name).display()))?;
+        let flags = OFlags::RDONLY | OFlags::DIRECTORY;
+        let fd = match self.open(name, flags, Mode::empty()) {
+            Err(Errno::LOOP | Errno::NOTDIR) => {
+                let link = matches!(self.stat(name), Ok(Some(stat)) if kind_of(&stat) == FileType::Symlink);
+                let kind = if link { ErrorKind::Corrupt } else { ErrorKind::NotFound };
+                return Err(self.something_else(kind, name, "a folder"));
+            }
+            other => other.context(|| format!("open folder {}", self.path_of(name).display()))?,
+        };
         Ok(Self { host: self.host.clone(), fd, path: self.path_of(name) })
+    }
+
+    /// Opens what is under that name in this very folder.
+    pub(super) fn open(&self, name: &str, flags: OFlags, mode: Mode) -> rustix::io::Result<OwnedFd> {
+        open_beneath(self.as_fd(), component(name), flags, mode)
     }
 
     /// Opens a regular file in this folder.
@@ -88,23 +106,43 @@ impl Dir {
             Access::Read => OFlags::RDONLY,
             Access::ReadWrite => OFlags::RDWR,
         };
-        // O_NONBLOCK: opening a fifo must not wait for its other end.
-        let flags = access | OFlags::NOFOLLOW | OFlags::CLOEXEC | OFlags::NONBLOCK | OFlags::NOCTTY;
+        self.open_regular(name, access, Mode::empty())
+    }
+
+    fn open_regular(&self, name: &str, flags: OFlags, mode: Mode) -> Result<File> {
         let shown = || format!("open {}", self.path_of(name).display());
-        let fd = match rustix::fs::openat(&self.fd, component(name), flags, Mode::empty()) {
-            Err(Errno::LOOP) => return Err(self.not_a_file(name)),
+        let fd = match self.open(name, flags, mode) {
+            // A link; a socket, or a device that is not there; a folder that would be written to.
+            Err(Errno::LOOP | Errno::NXIO | Errno::NODEV | Errno::ISDIR) => {
+                return Err(self.something_else(ErrorKind::Corrupt, name, "a regular file"));
+            }
             other => other.context(shown)?,
         };
         let stat = rustix::fs::fstat(&fd).context(shown)?;
-        if FileType::from_raw_mode(stat.st_mode) != FileType::RegularFile {
-            return Err(self.not_a_file(name));
+        if kind_of(&stat) != FileType::RegularFile {
+            return Err(self.something_else(ErrorKind::Corrupt, name, "a regular file"));
         }
-        rustix::fs::fcntl_setfl(&fd, access).context(shown)?;
+        // Blocks again.
+        rustix::fs::fcntl_setfl(&fd, flags & OFlags::ACCMODE).context(shown)?;
         Ok(fd.into())
     }
 
-    fn not_a_file(&self, name: &str) -> Error {
-        Error::new(ErrorKind::Corrupt, format!("{}: not a regular file", self.path_of(name).display()))
+    /// What is said of a name that has something under it that no store has there.
+    fn something_else(&self, kind: ErrorKind, name: &str, wanted: &str) -> Error {
+        let found = match self.stat(name) {
+            Ok(Some(stat)) => match kind_of(&stat) {
+                FileType::Symlink => "a symbolic link",
+                FileType::Directory => "a folder",
+                FileType::RegularFile => "a regular file",
+                FileType::Fifo => "a fifo",
+                FileType::Socket => "a socket",
+                FileType::BlockDevice | FileType::CharacterDevice => "a device",
+                FileType::Unknown => "something",
+            },
+            // It has changed since.
+            Ok(None) | Err(_) => "something",
+        };
+        Error::new(kind, format!("{}: {found}, must be {wanted}", self.path_of(name).display()))
     }
 
     /// Makes a new, empty file for reading and writing; fails if the name is taken.
@@ -123,11 +161,11 @@ impl Dir {
     }
 
     /// Opens a file that holds a lock, making it if need be. Whether it survives a crash does not matter.
+    ///
+    /// # Errors
+    /// Those of [`Dir::open_file`].
     pub(super) fn open_lock_file(&self, name: &str) -> Result<File> {
-        let flags = OFlags::RDWR | OFlags::CREATE | OFlags::NOFOLLOW | OFlags::CLOEXEC | OFlags::NONBLOCK;
-        let fd = rustix::fs::openat(&self.fd, component(name), flags, Mode::from_raw_mode(MODE_PRIVATE))
-            .context(|| format!("open {}", self.path_of(name).display()))?;
-        Ok(fd.into())
+        self.open_regular(name, OFlags::RDWR | OFlags::CREATE, Mode::from_raw_mode(MODE_PRIVATE))
     }
 
     /// Makes a folder; fails if the name is taken.
@@ -146,6 +184,12 @@ impl Dir {
     pub(super) fn device_and_inode(&self) -> Result<(u64, u64)> {
         let stat = rustix::fs::fstat(&self.fd).context(|| format!("look up {}", self.path.display()))?;
         Ok((stat.st_dev, stat.st_ino))
+    }
+
+    /// The user whom this folder belongs to.
+    pub(super) fn owner(&self) -> Result<Uid> {
+        let stat = rustix::fs::fstat(&self.fd).context(|| format!("look up {}", self.path.display()))?;
+        Ok(Uid::from_raw(stat.st_uid))
     }
 
     /// What is under that name, without following a link; `None` if nothing is.
@@ -191,7 +235,14 @@ impl Dir {
     }
 
     /// Deletes what has that name, a folder with all that is in it. Nothing there is no error. Links are not followed.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Corrupt`] if there are more folders one in the other than a store ever has.
     pub(super) fn remove_tree(&self, name: &str) -> Result<()> {
+        self.remove_tree_within(name, DEPTH_MAX)
+    }
+
+    fn remove_tree_within(&self, name: &str, depth: u32) -> Result<()> {
         match self.host.unlink(self.as_fd(), component(name)) {
             Ok(()) | Err(Errno::NOENT) => return Ok(()),
             Err(Errno::ISDIR | Errno::PERM) => {}
@@ -199,9 +250,14 @@ impl Dir {
                 return Err(Error::io(format!("remove {}", self.path_of(name).display()), errno.into()));
             }
         }
+        let Some(depth) = depth.checked_sub(1) else {
+            let message =
+                format!("remove {}: too deep for a folder of a store", self.path_of(name).display());
+            return Err(Error::new(ErrorKind::Corrupt, message));
+        };
         let folder = self.open_dir(name)?;
         for inner in folder.names()? {
-            folder.remove_tree(&inner)?;
+            folder.remove_tree_within(&inner, depth)?;
         }
         self.remove_dir(name)
     }
@@ -252,10 +308,14 @@ impl AsFd for Dir {
 /// Asserts that a name is one component of a path: names come from `layout.rs` or are checked by `names.rs`.
 fn component(name: &str) -> &OsStr {
     assert!(
-        !name.is_empty() && name != "." && name != ".." && !name.contains('/'),
+        !name.is_empty() && name != "." && name != ".." && !name.contains(['/', '\0']),
         "not a file name: {name:?}"
     );
     OsStr::new(name)
+}
+
+fn kind_of(stat: &Stat) -> FileType {
+    FileType::from_raw_mode(stat.st_mode)
 }
 
 fn plain_name(name: &CStr) -> Option<String> {
@@ -278,12 +338,33 @@ mod tests {
         rustix::fs::mknodat(&dir, "fifo", FileType::Fifo, fifo, 0).unwrap();
         dir.make_dir("folder").unwrap();
         assert!(dir.open_file("real", Access::ReadWrite).is_ok());
-        for name in ["link", "fifo", "folder"] {
-            let error = dir.open_file(name, Access::Read).unwrap_err();
-            assert_eq!(error.kind(), ErrorKind::Corrupt, "{error}");
-            assert!(error.to_string().contains(name));
+        let _socket = std::os::unix::net::UnixListener::bind(scratch.path().join("socket")).unwrap();
+        let others =
+            [("link", "a symbolic link"), ("fifo", "a fifo"), ("folder", "a folder"), ("socket", "a socket")];
+        for (name, what) in others {
+            let refused = [
+                dir.open_file(name, Access::Read).unwrap_err(),
+                dir.open_file(name, Access::ReadWrite).unwrap_err(),
+                dir.open_lock_file(name).unwrap_err(),
+            ];
+            for error in refused {
+                assert_eq!(error.kind(), ErrorKind::Corrupt, "{error}");
+                assert!(
+                    error.to_string().ends_with(&format!("{name}: {what}, must be a regular file")),
+                    "{error}"
+                );
+            }
         }
-        assert!(dir.open_dir("dirlink").is_err());
+        for (name, what, kind) in [
+            ("dirlink", "a symbolic link", ErrorKind::Corrupt),
+            ("link", "a symbolic link", ErrorKind::Corrupt),
+            ("fifo", "a fifo", ErrorKind::NotFound),
+            ("real", "a regular file", ErrorKind::NotFound),
+        ] {
+            let error = dir.open_dir(name).unwrap_err();
+            assert_eq!(error.kind(), kind, "{error}");
+            assert!(error.to_string().ends_with(&format!("{name}: {what}, must be a folder")), "{error}");
+        }
         assert_eq!(dir.open_file("absent", Access::Read).unwrap_err().kind(), ErrorKind::NotFound);
     }
 
@@ -301,5 +382,16 @@ mod tests {
         dir.remove_tree("tree").unwrap();
         assert!(kept.exists());
         assert!(dir.names().unwrap().is_empty());
+    }
+
+    /// Each folder took a descriptor and a piece of the stack.
+    #[test]
+    fn a_tree_of_any_depth_is_refused_and_not_descended() {
+        let scratch = tempfile::tempdir().unwrap();
+        let dir = Dir::open_path(scratch.path()).unwrap();
+        std::fs::create_dir_all(scratch.path().join("deep").join("d/".repeat(200))).unwrap();
+        let error = dir.remove_tree("deep").unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Corrupt, "{error}");
+        assert!(scratch.path().join("deep").exists());
     }
 }

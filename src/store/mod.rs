@@ -111,7 +111,8 @@ impl Store {
     ///
     /// # Errors
     /// [`ErrorKind::NotFound`] if there is no store; [`ErrorKind::Unsupported`] if it is of a newer version;
-    /// [`ErrorKind::Corrupt`] if its superblock is damaged.
+    /// [`ErrorKind::Corrupt`] if its superblock is damaged; [`ErrorKind::Denied`] if we are root and its folder is another
+    /// user's: he chose what is in it, so it is to be opened with his rights.
     pub fn open(dir: &Path) -> Result<Self> {
         Self::open_on(Arc::new(RealHost), dir)
     }
@@ -139,6 +140,12 @@ impl Store {
             }
             other => other.context(|| format!("open store {shown}"))?,
         };
+        let owner = root.owner()?;
+        if rustix::process::geteuid().is_root() && !owner.is_root() {
+            let message =
+                format!("store {shown}: belongs to user {owner}, and is not opened with the rights of root");
+            return Err(Error::new(ErrorKind::Denied, message));
+        }
         let uuid = superblock::read(&root).map_err(|error| match error.kind() {
             ErrorKind::NotFound => {
                 Error::new(ErrorKind::NotFound, format!("{shown}: not a cowdisk store")).with_hint(hint)

@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use rayon::prelude::*;
 
 use super::Store;
-use super::dir::Dir;
+use super::dir::{DEPTH_MAX, Dir};
 use super::names::ObjectName;
 use super::space::SpaceNow;
 use crate::error::{ErrorKind, Result};
@@ -82,8 +82,8 @@ impl Store {
             maps: 0,
             independent: 0,
             bases: 0,
-            boot: taken_below(&self.boot)?,
-            unfinished: taken_below(&self.tmp)?,
+            boot: taken_below(&self.boot, DEPTH_MAX)?,
+            unfinished: taken_below(&self.tmp, DEPTH_MAX)?,
             saved: 0,
             unreadable: Vec::new(),
         };
@@ -121,7 +121,7 @@ impl Store {
     fn add_bases(&self, usage: &mut Usage, overlays_of: &BTreeMap<BaseId, u64>) -> Result<()> {
         for name in self.bases.names()? {
             let taken = match self.bases.open_dir(&name) {
-                Ok(folder) => taken_below(&folder)?,
+                Ok(folder) => taken_below(&folder, DEPTH_MAX)?,
                 Err(error) if error.kind() == ErrorKind::NotFound => continue,
                 Err(error) => return Err(error),
             };
@@ -148,14 +148,15 @@ impl Usage {
     }
 }
 
-/// What the files in a folder, and in the folders in it, take. What vanishes meanwhile takes nothing.
-fn taken_below(folder: &Dir) -> Result<u64> {
+/// What the files in a folder, and in the folders in it down to `depth`, take. What vanishes meanwhile takes nothing.
+fn taken_below(folder: &Dir, depth: u32) -> Result<u64> {
     let mut taken = 0;
     for name in folder.names()? {
         let Some(stat) = folder.stat(&name)? else { continue };
         if rustix::fs::FileType::from_raw_mode(stat.st_mode) == rustix::fs::FileType::Directory {
+            let Some(depth) = depth.checked_sub(1) else { continue };
             match folder.open_dir(&name) {
-                Ok(inner) => taken += taken_below(&inner)?,
+                Ok(inner) => taken += taken_below(&inner, depth)?,
                 Err(error) if error.kind() == ErrorKind::NotFound => {}
                 Err(error) => return Err(error),
             }

@@ -163,7 +163,7 @@ impl Store {
                     inventory.boot_files_are_used([image.kernel, image.ramdisk], &user);
                     inventory.base_is_used(image.base, user);
                     self.look_at_attributes(
-                        &FileRef::Image(name.clone()),
+                        &FileRef::Image(name.clone(), image.base),
                         format!("image {name}"),
                         request,
                         report,
@@ -232,6 +232,14 @@ impl Store {
             // Not a folder.
             Err(error) if is_gone(&error) => {
                 unknown(report, layout::INSTANCES, name.as_str());
+                return Ok(());
+            }
+            // A link. What it leads to is not looked at, so what that refers to is not known.
+            Err(error) if error.kind() == ErrorKind::Corrupt => {
+                inventory.complete = false;
+                let remedy = Remedy::Operator("put the instance's own folder in its place".to_owned());
+                let object = format!("instance {name}");
+                report.add("instance-record", Severity::Damage, object, said(&error), remedy);
                 return Ok(());
             }
             other => other?,

@@ -48,7 +48,7 @@ fn a_store_that_was_only_used_is_clean() {
     let t = store_with_image();
     let spec = InstanceSpec { no_cow: true, ..InstanceSpec::of(name("debian")) };
     t.store.create_instance(&name("full"), &spec, &NoProgress).unwrap();
-    let file = FileRef::Image(name("debian"));
+    let file = FileRef::Image(name("debian"), t.store.image(&name("debian")).unwrap().base);
     t.store.set_attributes(&file, &t.store.attributes(&file).unwrap()).unwrap();
     let disk = t.store.open_disk(&name("web-3"), DiskName::Root).unwrap();
     disk.write_at(0, &[1; 100]).unwrap();

@@ -1,0 +1,34 @@
+"""The table of targets and the pictures in README.md, between two marks."""
+
+import shutil
+from pathlib import Path
+
+from .host import BenchError
+from .report import Facts, target_table
+from .results import Row
+
+BEGIN, END = "<!-- benches/peers: begin -->", "<!-- benches/peers: end -->"
+FIGURES = Path("docs/figures")
+
+
+def section(rows: list[Row], facts: Facts, pictures: list[str]) -> str:
+    machine = f"{facts['machine']}, Linux {facts['kernel']}, {facts['host file system']}"
+    by = f"`{facts['command']}`, {facts['date']}, {machine}"
+    shown = " · ".join(f"[{name}]({FIGURES}/{name}.svg)" for name in pictures)
+    return (
+        f"{BEGIN}\nBy {by}; load before {facts['load before']}:\n\n{target_table(rows)}\nAs pictures: {shown}.\n{END}"
+    )
+
+
+def update(repository: Path, out: Path, rows: list[Row], facts: Facts) -> None:
+    """Raises BenchError if README.md has no marks."""
+    path = repository / "README.md"
+    text = path.read_text(encoding="utf-8")
+    if BEGIN not in text or END not in text:
+        raise BenchError(f"README.md has no lines {BEGIN} and {END}")
+    (repository / FIGURES).mkdir(parents=True, exist_ok=True)
+    pictures = sorted(picture.stem for picture in out.glob("*.svg"))
+    for name in pictures:
+        shutil.copyfile(out / f"{name}.svg", repository / FIGURES / f"{name}.svg")
+    before, after = text.split(BEGIN)[0], text.split(END)[1]
+    path.write_text(before + section(rows, facts, pictures) + after, encoding="utf-8")

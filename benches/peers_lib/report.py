@@ -71,12 +71,14 @@ def judged(rows: list[Row]) -> list[tuple[Row, str, Target, float, bool]]:
     return [(row, *verdict) for row in rows for verdict in row.judged()]
 
 
-def target_table(rows: list[Row]) -> str:
+def target_table(rows: list[Row], *, local: bool) -> str:
+    """The targets of root disks, or those of local disks."""
     lines = [
         [f"{row.group}: {row.work}", peer, str(target), number(reached), "yes" if met else "**no**"]
         for row, peer, target, reached, met in judged(rows)
+        if peer.endswith(" local") == local
     ]
-    return table(["work", "who", "target", "reached", "met"], lines)
+    return table(["work", "who", "target", "reached", "met"], lines) if lines else ""
 
 
 def markdown(rows: list[Row], groups: dict[str, str], facts: Facts) -> str:
@@ -89,7 +91,7 @@ def markdown(rows: list[Row], groups: dict[str, str], facts: Facts) -> str:
     met = [verdict[-1] for verdict in judged(rows)]
     if met:
         parts.append(f"## Targets: {sum(met)} of {len(met)} met\n")
-        parts.append(target_table(rows))
+        parts += [target_table(rows, local=False), target_table(rows, local=True)]
     for group, about in groups.items():
         mine = [row for row in rows if row.group == group]
         if not mine:

@@ -33,12 +33,13 @@ class AtLeast:
 
 @dataclass(frozen=True)
 class AtMost:
-    """cowdisk's figure is at most `limit`."""
+    """cowdisk's figure is at most `limit`, in the unit of the row."""
 
     limit: float
+    unit: str
 
     def __str__(self) -> str:
-        return f"≤ {self.limit:g}"
+        return f"≤ {self.limit:g} {self.unit}"
 
 
 Target = AtLeast | AtMost

@@ -8,7 +8,7 @@ from . import Disk, Peer, Place
 
 
 class Plain(Peer):
-    """Where the disk is read, the file is full."""
+    """Where others are read over their base, that is the base itself."""
 
     layered = False
 

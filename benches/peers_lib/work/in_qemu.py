@@ -69,7 +69,8 @@ class InQemu:
 
     def read(self, cache: str, aio: str, hot: bool, peer: Peer) -> Sample:
         if isinstance(peer, Plain):
-            return self.load(peer, self.full["plain"], cache, aio, write=False, hot=hot)
+            base = Disk(self.place.base, (self.place.base,))
+            return self.load(peer, base, cache, aio, write=False, hot=hot)
         with peer.disk() as disk:
             return self.load(peer, disk, cache, aio, write=False, hot=hot)
 

@@ -113,11 +113,11 @@ def measure_disks(bench: Bench) -> None:
                 rounds=3 * bench.rounds,
             )
 
-        row("create", lambda way, disk: way.create(disk), AtMost(5))
+        row("create", lambda way, disk: way.create(disk), AtMost(5, "ms"))
         row("open, read 4 KiB", lambda way, disk: way.open(disk))
         row("remove", lambda way, disk: way.remove(disk))
         bench.row(
-            Row("disks", f"create {many:,}", "s", False, base, (AtMost(5 * many / 1000),)),
+            Row("disks", f"create {many:,}", "s", False, base, (AtMost(5 * many / 1000, "s"),)),
             ways,
             lambda way, _: Sample(sum(way.create(f"many-{n}") for n in range(many)) / 1000),
             rounds=1,
@@ -189,9 +189,9 @@ def measure_crowds(bench: Bench, crowds: list[Crowd], count: int) -> None:
 
     row("start", "ms", start)
     row("stop", "ms", stop)
-    row("cowdisk instance list", "ms", lambda crowd: crowd.store.timed("instance", "list"), AtMost(200))
-    row("readdir of the mount", "ms", list_mount, AtMost(200))
-    row("memory, none open", "MiB", idle_memory, *([AtMost(64)] if count == 1000 else []))
+    row("cowdisk instance list", "ms", lambda crowd: crowd.store.timed("instance", "list"), AtMost(200, "ms"))
+    row("readdir of the mount", "ms", list_mount, AtMost(200, "ms"))
+    row("memory, none open", "MiB", idle_memory, *([AtMost(64, "MiB")] if count == 1000 else []))
     if count <= 1000:
         row("memory, all open", "MiB", open_memory)
 

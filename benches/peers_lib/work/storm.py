@@ -47,7 +47,7 @@ def measure_readers(bench: Bench, place: Place, peers: list[Peer], readers: int,
             return Sample(readers * place.size / seconds / (1 << 20))
 
     bench.row(Row(GROUP, f"read all, {how}", "MiB/s", baseline="plain"), peers, storm)
-    targets = (AtMost(1.1),) if direct else ()
+    targets = (AtMost(1.1, "×"),) if direct else ()
     row = Row(GROUP, f"copies in the page cache, {how}", "×", higher_is_better=False, targets=targets)
     measured = [peer for peer in peers if any(name == peer.name for name, _ in copies)]
     bench.row(row, measured, lambda peer, turn: Sample(copies[peer.name, turn]))

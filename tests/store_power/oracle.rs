@@ -189,7 +189,8 @@ impl Oracle {
         for image in &images {
             store.verify_image(&image.name, &NoProgress).expect("an image is whole");
             found.versions.insert(Key::Image(image.name.to_string()), image.source_name.clone());
-            let attributes = store.attributes(&FileRef::Image(image.name.clone())).expect("attributes");
+            let file = FileRef::Image(image.name.clone(), image.base);
+            let attributes = store.attributes(&file).expect("attributes");
             found.versions.insert(Key::ImageAttributes(image.source_name.clone()), shown(&attributes));
         }
         for flavor in &flavors {

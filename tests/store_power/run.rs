@@ -228,7 +228,7 @@ impl Run {
             Op::ChangeImage(image) => {
                 let image = store.image(&name(IMAGES[image]))?;
                 let key = Key::ImageAttributes(image.source_name.clone());
-                self.change_attributes(store, key, &FileRef::Image(image.name))
+                self.change_attributes(store, key, &FileRef::Image(image.name, image.base))
             }
             Op::ChangeDisk(instance, disk) => {
                 let instance = store.instance(&name(INSTANCES[instance]))?;

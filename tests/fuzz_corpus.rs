@@ -45,4 +45,5 @@ replayed! {
     names_are_refused_or_come_back: "names";
     options_are_refused_or_come_back: "options";
     requests_are_refused_or_understood: "http";
+    requests_are_refused_or_hold_what_they_say: "fuse_request";
 }

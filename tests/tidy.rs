@@ -22,7 +22,7 @@ const LAYERS: [&str; 13] = [
 ];
 
 /// Crates and the folders, or files, that may name them.
-const HOMES: [(&str, &[&str]); 13] = [
+const HOMES: [(&str, &[&str]); 14] = [
     ("fuser", &["transport"]),
     ("httparse", &["daemon/http.rs"]),
     ("clap", &["cli"]),
@@ -36,6 +36,7 @@ const HOMES: [(&str, &[&str]); 13] = [
     ("serde", &["store", "daemon", "libvirt", "inspect", "cli"]),
     ("serde_json", &["store", "daemon", "libvirt", "inspect", "cli"]),
     ("signal_hook", &["daemon", "cli"]),
+    ("zerocopy", &["transport/dev_fuse"]),
 ];
 
 const UNSAFE_HOMES: [&str; 6] = [

@@ -10,12 +10,14 @@ mod images;
 mod input;
 mod layer;
 mod recipe;
+mod requests;
 mod stores;
 mod texts;
 
 pub use formats::{journal, map_page, superblock};
 pub use images::image_header;
 pub use layer::{layer, live_map};
+pub use requests::fuse_request;
 pub use stores::records;
 pub use texts::{http, names, options};
 
@@ -23,7 +25,7 @@ pub use texts::{http, names, options};
 pub type Target = (&'static str, fn(&[u8]));
 
 /// All of them.
-pub const TARGETS: [Target; 10] = [
+pub const TARGETS: [Target; 11] = [
     ("superblock", superblock),
     ("map_page", map_page),
     ("journal", journal),
@@ -34,4 +36,5 @@ pub const TARGETS: [Target; 10] = [
     ("names", names),
     ("options", options),
     ("http", http),
+    ("fuse_request", fuse_request),
 ];

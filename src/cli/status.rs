@@ -57,6 +57,7 @@ fn show(session: &mut Session, status: &Status) -> Result<()> {
         ("daemon", format!("process {}, cowdisk {}", status.pid, status.version)),
         ("since", status.started.to_string()),
         ("options", status.options.clone()),
+        ("transport", status.transport.clone()),
         ("host's file system", left),
         ("instances", status.instances.to_string()),
         ("open files", status.open_files.to_string()),

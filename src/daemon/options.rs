@@ -8,6 +8,7 @@ use std::path::PathBuf;
 
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::store::{HIGH_WATER_PERCENT, SpacePolicy};
+use crate::transport::Transport;
 use crate::units::parse_size;
 
 /// Most threads that answer requests; more would only wake each other.
@@ -24,6 +25,8 @@ pub const FLUSH_SECONDS_MAX: u32 = 3600;
 pub struct MountOptions {
     /// Nothing below the mount can be changed.
     pub read_only: bool,
+    /// How the kernel's requests are read and answered. `None`: [`Transport::of_environment`].
+    pub transport: Option<Transport>,
     /// Threads that answer requests, 1 to [`THREADS_MAX`].
     pub threads: usize,
     /// Whether other users than the one who mounts may use the mount; file modes still apply to them. `None`: yes for
@@ -44,6 +47,7 @@ impl Default for MountOptions {
         let cpus = std::thread::available_parallelism().map_or(1, usize::from);
         Self {
             read_only: false,
+            transport: None,
             threads: (2 * cpus).clamp(4, 16),
             allow_other: None,
             flush_seconds: FLUSH_SECONDS,
@@ -64,11 +68,11 @@ impl MountOptions {
     /// Reads comma-separated options; an empty text or empty options are fine, and of contradicting ones the last
     /// holds.
     ///
-    /// Ours: `ro`, `rw`, `threads=N`, `allow_other`, `noallow_other`, `flush=SECONDS`, `accept_loss`, `reserve=SIZE`,
-    /// `high_water=PERCENT`, `log=FILE`. Those that only concern mount(8), systemd or the caches of other filesystems are
-    /// accepted and do nothing: `defaults`, `auto`, `noauto`, `nofail`, `user`, `users`, `owner`, `group` and their `no…`,
-    /// `_netdev`, `x-…`, `comment=…`, `async`, `atime`, `noatime`, `relatime`, `nodiratime`. So are those that always
-    /// hold: `nosuid`, `nodev`, `noexec`, `default_permissions`.
+    /// Ours: `ro`, `rw`, `transport=NAME` (see [`Transport`]), `threads=N`, `allow_other`, `noallow_other`, `flush=SECONDS`,
+    /// `accept_loss`, `reserve=SIZE`, `high_water=PERCENT`, `log=FILE`. Those that only concern mount(8), systemd or the
+    /// caches of other filesystems are accepted and do nothing: `defaults`, `auto`, `noauto`, `nofail`, `user`, `users`,
+    /// `owner`, `group` and their `no…`, `_netdev`, `x-…`, `comment=…`, `async`, `atime`, `noatime`, `relatime`,
+    /// `nodiratime`. So are those that always hold: `nosuid`, `nodev`, `noexec`, `default_permissions`.
     ///
     /// # Errors
     /// [`ErrorKind::Invalid`], naming the option: one that is not known, a value out of range, and `suid`, `dev` and
@@ -79,7 +83,7 @@ impl MountOptions {
             if let Meaning::Unknown = options.apply(option)? {
                 return Err(Error::new(ErrorKind::Invalid, format!("mount option {option:?}: not known"))
                     .with_hint(
-                        "known: ro, rw, threads=N, allow_other, noallow_other, flush=SECONDS, accept_loss, \
+                        "known: ro, rw, transport=NAME, threads=N, allow_other, noallow_other, flush=SECONDS, accept_loss, \
                          reserve=SIZE, high_water=PERCENT, log=FILE",
                     ));
             }
@@ -107,6 +111,10 @@ impl MountOptions {
         match (key, value) {
             ("ro", None) => self.read_only = true,
             ("rw", None) => self.read_only = false,
+            ("transport", Some(value)) => {
+                let transport = value.parse::<Transport>().context(|| format!("mount option {option:?}"))?;
+                self.transport = Some(transport);
+            }
             ("threads", Some(value)) => self.threads = in_range(option, value, 1, THREADS_MAX)?,
             ("flush", Some(value)) => self.flush_seconds = in_range(option, value, 0, FLUSH_SECONDS_MAX)?,
             ("allow_other", None) => self.allow_other = Some(true),
@@ -170,6 +178,9 @@ impl fmt::Display for MountOptions {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let access = if self.read_only { "ro" } else { "rw" };
         write!(f, "{access},threads={},flush={}", self.threads, self.flush_seconds)?;
+        if let Some(transport) = self.transport {
+            write!(f, ",transport={transport}")?;
+        }
         match self.allow_other {
             Some(true) => f.write_str(",allow_other")?,
             Some(false) => f.write_str(",noallow_other")?,
@@ -198,11 +209,11 @@ mod tests {
     #[test]
     fn own_options_are_read() {
         let options = MountOptions::parse(
-            "ro,threads=3,noallow_other,flush=0,accept_loss,reserve=2G,high_water=80,log=/var/log/cowdisk.log",
+            "ro,transport=fuser,threads=3,noallow_other,flush=0,accept_loss,reserve=2G,high_water=80,log=/var/log/cowdisk.log",
         )
         .unwrap();
         assert!(options.read_only);
-        assert_eq!(options.threads, 3);
+        assert_eq!((options.transport, options.threads), (Some(Transport::Fuser), 3));
         assert_eq!(options.allow_other, Some(false));
         assert_eq!(options.flush_seconds, 0);
         assert!(options.accept_loss && !MountOptions::default().accept_loss);
@@ -231,6 +242,7 @@ mod tests {
             "dev",
             "exec",
             "remount",
+            "transport=nfs",
             "threads=0",
             "threads=65",
             "threads=x",
@@ -266,7 +278,7 @@ mod tests {
     #[test]
     fn written_options_read_back_the_same() {
         for text in [
-            "ro,threads=7,allow_other,flush=9,log=/x",
+            "ro,transport=fuser,threads=7,allow_other,flush=9,log=/x",
             "noallow_other",
             "reserve=0,high_water=1",
             "reserve=3M,high_water=100",

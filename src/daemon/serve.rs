@@ -24,8 +24,8 @@ use super::unmounter::Unmounter;
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::fs::Fs;
 use crate::store::Store;
-use crate::transport::fuser::FuserSession;
 use crate::transport::mount::{self, MountRequest};
+use crate::transport::{Session, Transport};
 
 /// How long a signalled daemon waits for its mount to fall idle before it gives up and serves on. Below the 90 seconds
 /// after which systemd kills.
@@ -58,6 +58,7 @@ enum Event {
 /// # Errors
 /// Before `on_ready`: why the store cannot be mounted; nothing is mounted then. After it: what could not be made durable.
 pub fn serve(store: Store, mountpoint: &Path, options: &MountOptions, on_ready: impl FnOnce()) -> Result<()> {
+    let transport = options.transport.map_or_else(Transport::of_environment, Ok)?;
     // The way to the mountpoint may be closed to the store's owner.
     let mountpoint = identity::with_capabilities(|| mountpoint::prepare(mountpoint, store.dir()))?;
     let store = store.with_space_policy(options.space);
@@ -78,12 +79,12 @@ pub fn serve(store: Store, mountpoint: &Path, options: &MountOptions, on_ready: 
         let _ = signalled.send(Event::Signal(name));
     })?;
     let background = Background::start(Arc::clone(&fs), options.flush_seconds)?;
-    let device = mounted.answer(options, &fs, events)?;
+    let device = mounted.answer(transport, options.threads, &fs, events)?;
     // Nobody's disk depends on it.
-    let identity = Identity::new(&source, &mountpoint, options);
+    let identity = Identity::new(&source, &mountpoint, options, transport);
     let control = Control::start(&run_dir, identity, Arc::clone(&fs))
         .inspect_err(|error| log::warn!("serving without a control socket: {error}"));
-    log::info!("serving {} on {}", source.display(), mountpoint.display());
+    log::info!("serving {} on {} by the transport {transport}", source.display(), mountpoint.display());
     on_ready();
     let ended = Keeper { inbox, mountpoint, device, fs: &fs, unmounter, patience: None }.keep();
     drop(control);
@@ -160,9 +161,15 @@ impl<'a> Mounted<'a> {
     }
 
     /// Starts a session with the kernel, whose end `events` will tell; returns the device of the mount.
-    fn answer(self, options: &MountOptions, fs: &Arc<Fs>, events: Sender<Event>) -> Result<(u32, u32)> {
+    fn answer(
+        self,
+        transport: Transport,
+        threads: usize,
+        fs: &Arc<Fs>,
+        events: Sender<Event>,
+    ) -> Result<(u32, u32)> {
         let Self { device, root, mut rest } = self;
-        let session = FuserSession::start(device, Arc::clone(fs), options.threads)?;
+        let session = Session::start(transport, device, Arc::clone(fs), threads)?;
         // First of all, for its end, should it fail to answer, ends the waiting below.
         std::thread::Builder::new()
             .name("session".to_owned())

@@ -8,6 +8,7 @@ use super::options::MountOptions;
 use crate::error::Result;
 use crate::fs::{DiskState, Fs};
 use crate::store::{SpaceNow, Timestamp};
+use crate::transport::Transport;
 
 /// A daemon that serves a store. Sizes are bytes.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -24,6 +25,8 @@ pub struct Status {
     pub started: Timestamp,
     /// How it is mounted, as `-o` takes it.
     pub options: String,
+    /// What reads the kernel's requests, as `-o transport=` takes it.
+    pub transport: String,
     /// The host's filesystem.
     pub host: HostStatus,
     /// Instances of the store.
@@ -95,13 +98,19 @@ pub(super) struct Identity {
     mountpoint: PathBuf,
     started: Timestamp,
     options: String,
+    transport: Transport,
 }
 
 impl Identity {
     /// That of this process, which begins to serve now.
-    pub(super) fn new(store: &Path, mountpoint: &Path, options: &MountOptions) -> Self {
+    pub(super) fn new(store: &Path, mountpoint: &Path, options: &MountOptions, transport: Transport) -> Self {
         let (store, mountpoint) = (store.to_owned(), mountpoint.to_owned());
-        Self { store, mountpoint, started: Timestamp::now(), options: options.to_string() }
+        Self { store, mountpoint, started: Timestamp::now(), options: options.to_string(), transport }
+    }
+
+    /// What reads the kernel's requests.
+    pub(super) fn transport(&self) -> Transport {
+        self.transport
     }
 
     /// When it began to serve.
@@ -135,6 +144,7 @@ impl Identity {
             mountpoint: self.mountpoint.clone(),
             started: self.started,
             options: self.options.clone(),
+            transport: self.transport.to_string(),
             host: HostStatus::from(&fs.look_at_space()?),
             instances: fs.count_instances()?,
             open_files: fs.open_files(),

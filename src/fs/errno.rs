@@ -48,6 +48,8 @@ impl Errno {
     pub const NO_CONTROL: Self = Self(libc::ENOTTY);
     /// The operation does not exist here; the kernel remembers that and never asks again.
     pub const NOT_IMPLEMENTED: Self = Self(libc::ENOSYS);
+    /// The operation failed, and nothing more is known.
+    pub const BROKEN: Self = Self(libc::EIO);
     /// Too many open files.
     pub const TOO_MANY: Self = Self(libc::ENFILE);
 

@@ -5,6 +5,99 @@
 //! transports call the same operations; which one runs changes speed, never behaviour.
 
 mod about;
-pub mod fuser;
+pub mod dev_fuse;
+mod fuser;
 pub mod mount;
 mod slow_lane;
+
+use std::fmt;
+use std::os::fd::OwnedFd;
+use std::str::FromStr;
+use std::sync::Arc;
+
+use crate::error::{Context, Error, ErrorKind, Result};
+use crate::fs::Fs;
+
+/// How requests of the kernel are read and answered.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Transport {
+    /// Our own on `/dev/fuse`.
+    #[default]
+    DevFuse,
+    /// That of the crate `fuser`.
+    Fuser,
+}
+
+impl Transport {
+    /// All of them.
+    pub const ALL: [Self; 2] = [Self::DevFuse, Self::Fuser];
+}
+
+/// Environment variable that names the transport of mounts whose options name none.
+pub const TRANSPORT_VARIABLE: &str = "COWDISK_TRANSPORT";
+
+impl Transport {
+    /// That of [`TRANSPORT_VARIABLE`], if it is set and not empty, or else the default.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Invalid`] if the variable names none.
+    pub fn of_environment() -> Result<Self> {
+        match std::env::var(TRANSPORT_VARIABLE) {
+            Ok(text) if !text.is_empty() => text.parse::<Self>().context(|| TRANSPORT_VARIABLE),
+            _ => Ok(Self::default()),
+        }
+    }
+}
+
+impl fmt::Display for Transport {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::DevFuse => "dev_fuse",
+            Self::Fuser => "fuser",
+        })
+    }
+}
+
+impl FromStr for Transport {
+    type Err = Error;
+
+    fn from_str(text: &str) -> Result<Self> {
+        Self::ALL.into_iter().find(|transport| transport.to_string() == text).ok_or_else(|| {
+            Error::new(ErrorKind::Invalid, format!("transport {text:?}: must be dev_fuse or fuser"))
+        })
+    }
+}
+
+/// A session of the kernel with the filesystem; ends when the mount goes away.
+#[derive(Debug)]
+pub enum Session {
+    /// On [`Transport::DevFuse`].
+    DevFuse(dev_fuse::DevFuseSession),
+    /// On [`Transport::Fuser`].
+    Fuser(fuser::FuserSession),
+}
+
+impl Session {
+    /// Answers the kernel's INIT on a descriptor that has just been mounted and starts `threads` threads, at least 1.
+    /// Requests are answered when this returns.
+    ///
+    /// # Errors
+    /// If the kernel speaks no version of the protocol that we do.
+    pub fn start(transport: Transport, device: OwnedFd, fs: Arc<Fs>, threads: usize) -> Result<Self> {
+        Ok(match transport {
+            Transport::DevFuse => Self::DevFuse(dev_fuse::DevFuseSession::start(device, fs, threads)?),
+            Transport::Fuser => Self::Fuser(fuser::FuserSession::start(device, fs, threads)?),
+        })
+    }
+
+    /// Waits until the mount has gone away and every request is answered.
+    ///
+    /// # Errors
+    /// If a thread ended before that.
+    pub fn wait(self) -> Result<()> {
+        match self {
+            Self::DevFuse(session) => session.wait(),
+            Self::Fuser(session) => session.wait(),
+        }
+    }
+}

@@ -52,7 +52,8 @@ pub fn mount(request: &MountRequest<'_>) -> Result<OwnedFd> {
     }
 }
 
-fn open_device() -> Result<OwnedFd> {
+/// Opens the kernel's device: a descriptor without a connection.
+pub(super) fn open_device() -> Result<OwnedFd> {
     match File::options().read(true).write(true).open(DEVICE) {
         Ok(file) => Ok(file.into()),
         Err(error) if matches!(error.kind(), io::ErrorKind::NotFound) || is_no_device(&error) => {

@@ -1,0 +1,133 @@
+//! One descriptor of `/dev/fuse`: reading requests and writing answers.
+//!
+//! An answer must be written to the descriptor from which its request was read.
+
+use std::io::{self, IoSlice};
+use std::os::fd::{AsFd, OwnedFd};
+
+use rustix::io::Errno as Os;
+use zerocopy::IntoBytes;
+
+use super::control;
+use super::wire::OutHeader;
+use crate::error::{Context, Result};
+use crate::fs::Errno;
+use crate::transport::mount;
+
+/// A descriptor of a connection with the kernel: the first one, or a clone with a queue of its own.
+#[derive(Debug)]
+pub struct Channel {
+    fd: OwnedFd,
+}
+
+/// What reading a request came to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Received {
+    /// So many bytes of a request.
+    Bytes(usize),
+    /// The mount has gone away.
+    Ended,
+}
+
+impl Channel {
+    /// Takes a descriptor of a mounted connection.
+    pub fn new(fd: OwnedFd) -> Self {
+        Self { fd }
+    }
+
+    /// Another descriptor of the same connection. Requests read from it have a queue of their own, so that threads with
+    /// descriptors of their own do not wait for each other.
+    ///
+    /// # Errors
+    /// Those of the kernel.
+    pub fn clone_connection(&self) -> Result<Self> {
+        let fd = mount::open_device()?;
+        control::clone_connection(self.fd.as_fd(), fd.as_fd()).context(|| "clone /dev/fuse")?;
+        Ok(Self { fd })
+    }
+
+    /// Reads one request into `buffer`, which must be as long as the largest.
+    ///
+    /// # Errors
+    /// Those of the kernel that leave nothing to go on with.
+    pub fn receive(&self, buffer: &mut [u8]) -> io::Result<Received> {
+        loop {
+            return match rustix::io::read(&self.fd, &mut *buffer) {
+                Ok(count) => Ok(Received::Bytes(count)),
+                // ENOENT: the request was taken back between being announced and being read.
+                Err(Os::INTR | Os::NOENT) => continue,
+                Err(Os::NODEV) => Ok(Received::Ended),
+                Err(errno) => Err(errno.into()),
+            };
+        }
+    }
+
+    /// Answers request `unique` with `parts`, one after the other.
+    pub fn answer(&self, unique: u64, parts: &[&[u8]]) {
+        let len = size_of::<OutHeader>() + parts.iter().map(|part| part.len()).sum::<usize>();
+        let header =
+            OutHeader { len: u32::try_from(len).expect("an answer is at most 1 MiB"), error: 0, unique };
+        let mut slices = [IoSlice::new(&[]); 4];
+        slices[0] = IoSlice::new(header.as_bytes());
+        for (slice, part) in slices[1..].iter_mut().zip(parts) {
+            *slice = IoSlice::new(part);
+        }
+        self.send(unique, &slices[..=parts.len()]);
+    }
+
+    /// Answers request `unique` with an error.
+    pub fn refuse(&self, unique: u64, errno: Errno) {
+        let header = OutHeader { len: 16, error: -errno.raw(), unique };
+        self.send(unique, &[IoSlice::new(header.as_bytes())]);
+    }
+
+    fn send(&self, unique: u64, slices: &[IoSlice<'_>]) {
+        match rustix::io::retry_on_intr(|| rustix::io::writev(&self.fd, slices)) {
+            Ok(_) => {}
+            // The caller was killed and takes no answer any more, or the mount has gone away.
+            Err(Os::NOENT | Os::NODEV) => log::trace!("request {unique}: nobody waits for the answer"),
+            Err(errno) => {
+                log::error!("answer request {unique}: {}", io::Error::from(errno));
+                // The kernel has not understood the answer, so the caller still waits; or it has told him of an error
+                // itself, and does not know the number any more.
+                let header = OutHeader { len: 16, error: -Errno::BROKEN.raw(), unique };
+                let _ = rustix::io::retry_on_intr(|| rustix::io::write(&self.fd, header.as_bytes()));
+            }
+        }
+    }
+}
+
+/// The answer that a request still needs. Dropped without one, by a panic say, it answers EIO: nobody may wait for ever.
+#[derive(Debug)]
+pub struct Reply {
+    channel: std::sync::Arc<Channel>,
+    unique: u64,
+    answered: bool,
+}
+
+impl Reply {
+    /// The answer to request `unique`, which was read from `channel`.
+    pub fn new(channel: std::sync::Arc<Channel>, unique: u64) -> Self {
+        Self { channel, unique, answered: false }
+    }
+
+    /// Answers with `parts`, at most three, one after the other.
+    pub fn answer(mut self, parts: &[&[u8]]) {
+        self.answered = true;
+        self.channel.answer(self.unique, parts);
+    }
+
+    /// Answers with an error.
+    pub fn refuse(mut self, errno: Errno) {
+        self.answered = true;
+        self.channel.refuse(self.unique, errno);
+    }
+}
+
+impl Drop for Reply {
+    fn drop(&mut self) {
+        if !self.answered {
+            self.channel.refuse(self.unique, Errno::BROKEN);
+        }
+    }
+}

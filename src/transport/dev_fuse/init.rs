@@ -1,0 +1,88 @@
+//! What the kernel and we agree on at the beginning.
+
+use super::wire::{InitIn, InitOut, MAJOR, MINOR_MAX, MINOR_MIN, capability as can};
+use crate::error::{Error, ErrorKind, Result};
+
+/// Largest read or write of one request, in bytes: 256 pages, what the kernel sends at most without a sysctl.
+pub const REQUEST_BYTES_MAX: u32 = 1 << 20;
+
+/// Asynchronous requests under way in the whole mount, beyond which the kernel holds further ones back. Enough for 32
+/// disks at queue depth 32.
+const BACKGROUND_MAX: u16 = 1024;
+
+/// What we take of what the kernel offers. None is needed: a kernel without one of them is slower, or cannot map files.
+const WANTED: u64 = can::ASYNC_READ
+    | can::BIG_WRITES
+    | can::MAX_PAGES
+    | can::ASYNC_DIO
+    // Without it the kernel asks for security.capability before each write.
+    | can::HANDLE_KILLPRIV_V2
+    | can::PARALLEL_DIROPS
+    | can::DO_READDIRPLUS
+    | can::READDIRPLUS_AUTO
+    | can::INIT_EXT
+    // Shared mappings of files that bypass the page cache.
+    | can::DIRECT_IO_ALLOW_MMAP;
+
+/// The answer to the kernel's offer. `None`: it speaks a newer major version and will ask again with ours.
+///
+/// # Errors
+/// [`ErrorKind::Unsupported`] if it speaks none that we do.
+pub fn negotiate(offer: &InitIn, flags2: u32) -> Result<Option<InitOut>> {
+    if offer.major > MAJOR {
+        return Ok(None);
+    }
+    if offer.major < MAJOR || offer.minor < MINOR_MIN {
+        let message =
+            format!("the kernel speaks FUSE {}.{}, older than {MAJOR}.{MINOR_MIN}", offer.major, offer.minor);
+        return Err(Error::new(ErrorKind::Unsupported, message).with_hint("use Linux 5.4 or newer"));
+    }
+    let taken = WANTED & (u64::from(flags2) << 32 | u64::from(offer.flags));
+    let half = |bits: u64| u32::try_from(bits & u64::from(u32::MAX)).expect("masked to 32 bits");
+    log::info!("kernel's FUSE {}.{}, capabilities {taken:#x}", offer.major, offer.minor);
+    Ok(Some(InitOut {
+        major: MAJOR,
+        minor: offer.minor.min(MINOR_MAX),
+        max_readahead: offer.max_readahead.min(REQUEST_BYTES_MAX),
+        flags: half(taken),
+        max_background: BACKGROUND_MAX,
+        congestion_threshold: BACKGROUND_MAX / 4 * 3,
+        max_write: REQUEST_BYTES_MAX,
+        time_gran: 1,
+        max_pages: 256,
+        flags2: half(taken >> 32),
+        ..InitOut::default()
+    }))
+}
+
+/// What to say to a kernel of a newer major version.
+pub fn our_version() -> InitOut {
+    InitOut { major: MAJOR, minor: MINOR_MAX, ..InitOut::default() }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_what_is_offered_is_taken() {
+        let offer = InitIn { major: 7, minor: 38, max_readahead: 131_072, flags: u32::MAX };
+        let answer = negotiate(&offer, 0).unwrap().unwrap();
+        assert_eq!((answer.minor, answer.flags2, answer.max_readahead), (38, 0, 131_072));
+        assert_ne!(u64::from(answer.flags) & can::ASYNC_DIO, 0);
+        let newer = negotiate(&InitIn { minor: 99, ..offer }, u32::MAX).unwrap().unwrap();
+        assert_eq!((newer.minor, u64::from(newer.flags2) << 32), (MINOR_MAX, can::DIRECT_IO_ALLOW_MMAP));
+        let bare = negotiate(&InitIn { flags: 0, ..offer }, 0).unwrap().unwrap();
+        assert_eq!((bare.flags, bare.flags2), (0, 0));
+    }
+
+    #[test]
+    fn other_versions_are_asked_again_or_refused() {
+        let offer = InitIn { major: 8, minor: 0, ..InitIn::default() };
+        assert_eq!(negotiate(&offer, 0).unwrap(), None);
+        for (major, minor) in [(7, 30), (6, 99)] {
+            let error = negotiate(&InitIn { major, minor, ..offer }, 0).unwrap_err();
+            assert_eq!(error.kind(), ErrorKind::Unsupported);
+        }
+    }
+}

@@ -1,0 +1,277 @@
+//! What each request does: from the kernel's arguments to operations of [`Fs`] and back.
+
+use std::sync::Arc;
+
+use zerocopy::IntoBytes;
+
+use super::answers::{self, Names};
+use super::channel::{Channel, Reply};
+use super::request::{Malformed, Operation, Request, forgets, parse};
+use super::wire::{
+    FallocateIn, GetxattrOut, IoctlIn, IoctlOut, LseekIn, LseekOut, OpenIn, OpenOut, ReadIn, ReleaseIn,
+    SetattrIn, WRITE_CACHE, WriteIn, WriteOut, open_flag,
+};
+use crate::fs::{Errno, Fs, HandleId, NumberedEntry, OpenMode, Outcome};
+use crate::transport::about::{About, guarded};
+use crate::transport::slow_lane::SlowLane;
+
+/// Every open file bypasses the kernel's page cache (one copy of a base serves all, and each request goes to the disk
+/// that it names), writes to different places go side by side, and a close asks nobody.
+const FILE_FLAGS: u32 = open_flag::DIRECT_IO | open_flag::PARALLEL_DIRECT_WRITES | open_flag::NOFLUSH;
+
+/// Answers requests. Shared by all threads that read them.
+#[derive(Debug)]
+pub struct Server {
+    fs: Arc<Fs>,
+    slow: SlowLane,
+}
+
+/// Answers with what `send` makes of an outcome, or with its errno.
+fn respond<T>(reply: Reply, about: About, outcome: Outcome<T>, send: impl FnOnce(Reply, T)) {
+    match outcome {
+        Ok(value) => send(reply, value),
+        Err(failure) => reply.refuse(about.failed(&failure)),
+    }
+}
+
+fn done(reply: Reply, (): ()) {
+    reply.answer(&[]);
+}
+
+impl Server {
+    /// A server of `fs`, with threads in `slow` for what waits for the host's disk.
+    pub fn new(fs: Arc<Fs>, slow: SlowLane) -> Self {
+        Self { fs, slow }
+    }
+
+    /// Does the request of which `bytes` are all bytes, and answers it to `channel`, now or later. `scratch` is where
+    /// data are read into; it is as long as the largest read.
+    pub fn serve(&self, channel: &Arc<Channel>, bytes: &[u8], scratch: &mut [u8]) {
+        match parse(bytes) {
+            Ok(Request { header, operation }) => {
+                let (ino, unique) = (header.nodeid, header.unique);
+                match operation {
+                    Operation::Read(arguments) => self.read(channel, unique, ino, &arguments, scratch),
+                    Operation::Write(arguments, data) => self.write(channel, unique, ino, &arguments, data),
+                    Operation::Forget(lookups) => self.fs.forget(ino, lookups),
+                    Operation::BatchForget(all) => {
+                        forgets(all).for_each(|one| self.fs.forget(one.nodeid, one.nlookup));
+                    }
+                    // Requests end by themselves, so none needs to be taken back.
+                    Operation::Interrupt => {}
+                    other => self.serve_rare(Reply::new(Arc::clone(channel), unique), ino, other),
+                }
+            }
+            Err(Malformed::Headless) => log::error!("the kernel sent {} bytes, no request", bytes.len()),
+            Err(Malformed::Body { unique, opcode }) => {
+                log::error!("the kernel sent operation {opcode} cut short");
+                channel.refuse(unique, Errno::INVALID);
+            }
+        }
+    }
+
+    fn read(&self, channel: &Channel, unique: u64, ino: u64, arguments: &ReadIn, scratch: &mut [u8]) {
+        log::debug!("READ ino {ino} offset {} size {}", arguments.offset, arguments.size);
+        let direct = arguments.flags.cast_signed() & libc::O_DIRECT != 0;
+        let len = usize::try_from(arguments.size).unwrap_or(usize::MAX).min(scratch.len());
+        let buffer = &mut scratch[..len];
+        match guarded(|| self.fs.read(HandleId(arguments.fh), arguments.offset, buffer, direct)) {
+            Ok(count) => channel.answer(unique, &[&buffer[..count]]),
+            Err(failure) => {
+                let about = About::range("read", ino, arguments.offset, arguments.size.into());
+                channel.refuse(unique, about.failed(&failure));
+            }
+        }
+    }
+
+    fn write(&self, channel: &Arc<Channel>, unique: u64, ino: u64, arguments: &WriteIn, data: &[u8]) {
+        log::debug!("WRITE ino {ino} offset {} size {}", arguments.offset, arguments.size);
+        let (handle, flags) = (HandleId(arguments.fh), arguments.flags.cast_signed());
+        // A page of a mapping is written in the name of some open file, whose flags say nothing about it.
+        let cached = arguments.write_flags & WRITE_CACHE != 0;
+        let direct = !cached && flags & libc::O_DIRECT != 0;
+        let written = WriteOut { size: arguments.size, padding: 0 };
+        let about = About::range("write", ino, arguments.offset, data.len() as u64);
+        match guarded(|| self.fs.write(handle, arguments.offset, data, direct)) {
+            Err(failure) => channel.refuse(unique, about.failed(&failure)),
+            Ok(()) if flags & libc::O_DSYNC == 0 => channel.answer(unique, &[written.as_bytes()]),
+            // Written here, so that no copy of the data waits in a queue; only the sync is waited for elsewhere.
+            Ok(()) => {
+                let (fs, reply) = (Arc::clone(&self.fs), Reply::new(Arc::clone(channel), unique));
+                self.slow.run(ino, move || {
+                    respond(reply, about, guarded(|| fs.sync(handle)), |reply, ()| {
+                        reply.answer(&[written.as_bytes()]);
+                    });
+                });
+            }
+        }
+    }
+
+    /// Everything but reads and writes: what may wait for the host's disk goes to the slow lane.
+    fn serve_rare(&self, reply: Reply, ino: u64, operation: Operation<'_>) {
+        log::debug!("{} ino {ino}", operation.name());
+        match operation {
+            Operation::Open(arguments) => self.open(reply, ino, arguments),
+            Operation::Release(arguments) => self.release(reply, ino, arguments),
+            Operation::Fsync(arguments) => self.slowly("fsync", reply, ino, done, move |fs| {
+                // Attributes are durable as soon as they are changed, so data is all there is to sync.
+                fs.sync(HandleId(arguments.fh))
+            }),
+            Operation::Setattr(arguments) => self.set_attributes(reply, ino, &arguments),
+            Operation::Fallocate(arguments) => self.allocate(reply, ino, arguments),
+            Operation::Setxattr { name, value, flags } => {
+                let (name, value) = (name.to_owned(), value.to_vec());
+                let flags = flags.cast_signed();
+                self.slowly("setxattr", reply, ino, done, move |fs| fs.set_xattr(ino, &name, value, flags));
+            }
+            Operation::Removexattr(name) => {
+                let name = name.to_owned();
+                self.slowly("removexattr", reply, ino, done, move |fs| fs.remove_xattr(ino, &name));
+            }
+            other => self.serve_at_once(reply, ino, other),
+        }
+    }
+
+    /// What is answered by the thread that read it.
+    fn serve_at_once(&self, reply: Reply, ino: u64, operation: Operation<'_>) {
+        let fs = &self.fs;
+        let about = |operation| About::new(operation, ino);
+        match operation {
+            Operation::Lookup(name) => {
+                respond(reply, about("lookup"), guarded(|| fs.lookup(ino, name)), |reply, found| {
+                    reply.answer(&[answers::entry(&found).as_bytes()]);
+                });
+            }
+            Operation::Getattr => {
+                respond(reply, about("getattr"), guarded(|| fs.attributes(ino)), |reply, found| {
+                    reply.answer(&[answers::attributes(&found).as_bytes()]);
+                });
+            }
+            Operation::Readlink => {
+                respond(reply, about("readlink"), guarded(|| fs.link_target(ino)), |reply, target| {
+                    reply.answer(&[target.as_bytes()]);
+                });
+            }
+            Operation::Statfs => {
+                respond(reply, about("statfs"), guarded(|| fs.statistics()), |reply, found| {
+                    reply.answer(&[answers::statistics(&found).as_bytes()]);
+                });
+            }
+            Operation::Opendir => {
+                respond(reply, about("opendir"), guarded(|| fs.open_directory(ino)), |reply, handle| {
+                    reply.answer(&[OpenOut { fh: handle.0, ..OpenOut::default() }.as_bytes()]);
+                });
+            }
+            Operation::Readdir(arguments) => self.read_directory(reply, ino, &arguments),
+            Operation::Readdirplus(arguments) => self.read_directory_plus(reply, ino, &arguments),
+            Operation::Releasedir(arguments) => {
+                let outcome = guarded(|| fs.close(HandleId(arguments.fh)));
+                respond(reply, about("releasedir"), outcome, done);
+            }
+            Operation::Getxattr { name, size } => {
+                answer_xattr(reply, about("getxattr"), size, guarded(|| fs.xattr(ino, name)));
+            }
+            Operation::Listxattr { size } => {
+                answer_xattr(reply, about("listxattr"), size, guarded(|| fs.xattr_names(ino)));
+            }
+            Operation::Ioctl(arguments) => self.control(reply, ino, &arguments),
+            Operation::Lseek(arguments) => self.seek(reply, ino, &arguments),
+            // Only the command line makes and removes instances.
+            Operation::ChangeTree => reply.refuse(Errno::NOT_PERMITTED),
+            // Whatever stands in a directory was durable before it appeared.
+            Operation::Fsyncdir | Operation::Flush | Operation::Destroy => reply.answer(&[]),
+            // The kernel remembers it, does without, and does not ask again.
+            _ => reply.refuse(Errno::NOT_IMPLEMENTED),
+        }
+    }
+
+    /// Has a thread of the slow lane do `work`, and answer what `send` makes of it.
+    fn slowly<T>(
+        &self,
+        operation: &'static str,
+        reply: Reply,
+        ino: u64,
+        send: impl FnOnce(Reply, T) + Send + 'static,
+        work: impl FnOnce(&Fs) -> Outcome<T> + Send + 'static,
+    ) {
+        let fs = Arc::clone(&self.fs);
+        self.slow.run(ino, move || {
+            respond(reply, About::new(operation, ino), guarded(|| work(&fs)), send);
+        });
+    }
+
+    fn open(&self, reply: Reply, ino: u64, arguments: OpenIn) {
+        let flags = arguments.flags.cast_signed();
+        let write = flags & libc::O_ACCMODE != libc::O_RDONLY;
+        let mode = OpenMode { write, truncate: flags & libc::O_TRUNC != 0 };
+        let send = |reply: Reply, handle: HandleId| {
+            reply.answer(&[OpenOut { fh: handle.0, open_flags: FILE_FLAGS, backing_id: 0 }.as_bytes()]);
+        };
+        self.slowly("open", reply, ino, send, move |fs| fs.open(ino, mode));
+    }
+
+    fn release(&self, reply: Reply, ino: u64, arguments: ReleaseIn) {
+        self.slowly("release", reply, ino, done, move |fs| fs.close(HandleId(arguments.fh)));
+    }
+
+    fn set_attributes(&self, reply: Reply, ino: u64, arguments: &SetattrIn) {
+        let Some(changes) = answers::changes(arguments) else { return reply.refuse(Errno::INVALID) };
+        let send = |reply: Reply, found| reply.answer(&[answers::attributes(&found).as_bytes()]);
+        self.slowly("setattr", reply, ino, send, move |fs| fs.change(ino, &changes));
+    }
+
+    fn allocate(&self, reply: Reply, ino: u64, arguments: FallocateIn) {
+        let FallocateIn { fh, offset, length, mode, .. } = arguments;
+        let fs = Arc::clone(&self.fs);
+        self.slow.run(ino, move || {
+            let about = About::range("fallocate", ino, offset, length);
+            let outcome = guarded(|| fs.allocate(HandleId(fh), mode.cast_signed(), offset, length));
+            respond(reply, about, outcome, done);
+        });
+    }
+
+    fn read_directory(&self, reply: Reply, ino: u64, arguments: &ReadIn) {
+        let mut names = Names::new(arguments.size);
+        let outcome = guarded(|| {
+            let mut add =
+                |entry: &NumberedEntry, next| names.add(&[], entry.ino, entry.kind, &entry.name, next);
+            self.fs.read_directory(HandleId(arguments.fh), arguments.offset, &mut add)
+        });
+        respond(reply, About::new("readdir", ino), outcome, |reply, ()| reply.answer(&[names.bytes()]));
+    }
+
+    fn read_directory_plus(&self, reply: Reply, ino: u64, arguments: &ReadIn) {
+        let mut names = Names::new(arguments.size);
+        let outcome = guarded(|| {
+            let mut add = |name: &str, found: &crate::fs::Attributes, next| {
+                names.add(answers::entry(found).as_bytes(), found.ino, found.kind, name, next)
+            };
+            self.fs.read_directory_with_attributes(HandleId(arguments.fh), arguments.offset, &mut add)
+        });
+        respond(reply, About::new("readdirplus", ino), outcome, |reply, ()| reply.answer(&[names.bytes()]));
+    }
+
+    fn control(&self, reply: Reply, ino: u64, arguments: &IoctlIn) {
+        let outcome = guarded(|| self.fs.control(HandleId(arguments.fh), arguments.cmd));
+        respond(reply, About::new("ioctl", ino), outcome, |reply, data| {
+            reply.answer(&[IoctlOut::default().as_bytes(), &data]);
+        });
+    }
+
+    fn seek(&self, reply: Reply, ino: u64, arguments: &LseekIn) {
+        let LseekIn { fh, offset, whence, .. } = *arguments;
+        let outcome = guarded(|| self.fs.seek(HandleId(fh), offset.cast_signed(), whence.cast_signed()));
+        respond(reply, About::range("lseek", ino, offset, 0), outcome, |reply, at: i64| {
+            reply.answer(&[LseekOut { offset: at.cast_unsigned() }.as_bytes()]);
+        });
+    }
+}
+
+/// A caller that has room for nothing asks for the length.
+fn answer_xattr(reply: Reply, about: About, size: u32, outcome: Outcome<Vec<u8>>) {
+    respond(reply, about, outcome, |reply, value| match u32::try_from(value.len()) {
+        Ok(len) if size == 0 => reply.answer(&[GetxattrOut { size: len, padding: 0 }.as_bytes()]),
+        Ok(len) if len <= size => reply.answer(&[&value]),
+        _ => reply.refuse(about.failed(&Errno::RANGE.into())),
+    });
+}

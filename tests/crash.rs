@@ -21,18 +21,19 @@ mod run;
 
 use std::collections::HashSet;
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use common::boot::Boots;
 use common::live::LiveCopy;
-use common::record::{Choice, Content, Image, Log, RecordedFile, SharedLog};
+use common::record::{Choice, Content, Event, Image, Log, SharedLog};
 use common::sim::Rng;
+use cowdisk::finding::Severity;
 use cowdisk::format::LayerId;
-use cowdisk::overlay::{LayerFiles, Overlay};
+use cowdisk::overlay::{Overlay, Usage, check_layer};
 use disk::Disk;
 use oracle::{Mark, Moment, Oracle};
-use run::{Op, Run, open, random_op, random_script};
+use run::{Op, Run, files, open, random_op, random_script};
 
 const LAYER: LayerId = LayerId([0x5a; 16]);
 const DATA: usize = 0;
@@ -83,10 +84,7 @@ impl Enumeration<'_> {
         self.boots.next();
         LiveCopy::put(None, &self.live);
         let log = Log::new(vec![Image::default(), Image::default()]);
-        let file = |number| Box::new(RecordedFile::new(&log, number));
-        let files = LayerFiles { data: file(DATA), map: file(MAP) };
-        Overlay::create(&files, LAYER, disk.geometry, disk.base().reference()).expect("create");
-        drop(files);
+        Overlay::create(&files(&log), LAYER, disk.geometry, disk.base().reference()).expect("create");
         let (now, size) = (disk.contents(), disk.geometry.size());
         let (live, writes) = (&self.live, &mut self.writes);
         let mut run = Run { disk, live, log, overlay: None, now, size, writes };
@@ -106,11 +104,16 @@ impl Enumeration<'_> {
             if number < first {
                 continue;
             }
+            // All of what may be left of a record of several sectors; of long scripts, mostly of scattered writes, less.
+            let sample = match event {
+                Event::Change(MAP, change) if change.fills_sectors() => 1,
+                _ => self.sample * (1 + log.events.len() as u64 / 300),
+            };
             let mut rng = Rng(seed.rotate_left(32) ^ number as u64);
             for choice in Choice::at(moment.files.last_pending(), 2, 2, &mut rng) {
                 // Of its own, so that a state comes back whichever others are tried.
                 self.rng = Rng(rng.next());
-                if self.rng.below(self.sample) != 0 {
+                if self.rng.below(sample) != 0 {
                     continue;
                 }
                 let left = moment.files.left(&choice);
@@ -167,10 +170,19 @@ impl Enumeration<'_> {
         self.boots.next();
         LiveCopy::put(moment.live.as_deref().filter(|_| self.rng.below(2) == 0), &self.live);
         let log = Log::new(state);
+        assert_clean(&log, &self.live, Usage::Free);
         let overlay = open(disk, &log, &self.live).expect("open after a power cut");
         let found = moment.oracle.check(disk, &overlay);
+        assert_clean(&log, &self.live, Usage::InUse);
         self.states.fetch_add(1, Ordering::Relaxed);
         (log, overlay, found)
+    }
+}
+
+/// A check finds nothing but notes.
+fn assert_clean(log: &SharedLog<Mark>, live: &Path, usage: Usage) {
+    for finding in check_layer("test", &files(log), Some(live), usage).findings {
+        assert_eq!(finding.severity, Severity::Note, "a check ({usage:?}) finds: {finding}");
     }
 }
 

@@ -146,6 +146,11 @@ impl Change {
     pub fn new(what: &'static str, sectors: Vec<(u64, Content)>, len: Option<u64>) -> Self {
         Self { what, sectors, unit_sectors: if what == "punch" { 8 } else { 1 }, len }
     }
+
+    /// Whether the first sectors of a page are all there is in it, and more than one: so a record of many changes looks.
+    pub fn fills_sectors(&self) -> bool {
+        self.sectors.len() == 8 && self.sectors[1].1.is_some() && self.sectors[6].1.is_none()
+    }
 }
 
 impl fmt::Debug for Change {

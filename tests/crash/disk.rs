@@ -20,10 +20,11 @@ pub struct Disk {
 
 impl Disk {
     pub fn random(rng: &mut Rng) -> Self {
-        let block_bytes = [4096, 4096, 4096, 4096, 16_384, 65_536][rng.below(6) as usize];
         let lead = if rng.below(4) == 0 { (rng.below(8) * 512) as u32 } else { 0 };
         // Where a commit of every second block takes more than a sector of the journal.
-        let wide = rng.below(6) == 0;
+        let wide = rng.below(4) == 0;
+        let block_bytes =
+            if wide { 4096 } else { [4096, 4096, 4096, 4096, 16_384, 65_536][rng.below(6) as usize] };
         let window = if wide { 512 << 10 } else { (32 << 10).max(2 * u64::from(block_bytes)) };
         let border = 16_128 * u64::from(block_bytes) - u64::from(lead);
         // Small disks, and disks over the border of two map pages.
@@ -55,6 +56,17 @@ impl Disk {
             Arc::new(image)
         });
         Self { geometry, base, windows }
+    }
+
+    /// Whether a commit of every second block of the first window takes more than a sector of the journal.
+    pub fn is_wide(&self) -> bool {
+        self.windows[0].1 > 256 << 10
+    }
+
+    /// Where every second block of the first window begins.
+    pub fn every_second_block(&self, first: u64) -> impl Iterator<Item = u64> + use<> {
+        let block_bytes = u64::from(self.geometry.block_bytes());
+        (first * block_bytes..self.windows[0].1).step_by(2 * block_bytes as usize)
     }
 
     pub fn base(&self) -> BaseImage {

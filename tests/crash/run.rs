@@ -22,6 +22,8 @@ pub enum Op {
     DiscardAll,
     /// Half a sector into every second block of the first window, from this one on: many changes in one commit.
     Scatter(u64),
+    /// The same blocks discarded.
+    ScatterDiscard(u64),
     Preallocate(usize, u64, u64),
     Flush,
     Checkpoint,
@@ -47,11 +49,9 @@ pub fn random_op(disk: &Disk, rng: &mut Rng) -> Op {
         16..18 => Op::WriteZeroes(window, at, len),
         18..23 => Op::Discard(window, at, len),
         23 => Op::DiscardAll,
-        24 => match disk.windows[0].1 > 256 << 10 {
-            true => Op::Scatter(rng.below(2)),
-            false => Op::Preallocate(window, at, len),
-        },
-        25 => Op::Preallocate(window, at, len),
+        24 if disk.is_wide() => Op::Scatter(rng.below(2)),
+        25 if disk.is_wide() => Op::ScatterDiscard(rng.below(2)),
+        24 | 25 => Op::Preallocate(window, at, len),
         26..33 => Op::Flush,
         33..36 => Op::Checkpoint,
         36 => Op::Grow(1 + rng.below(40)),
@@ -71,8 +71,26 @@ pub fn random_script(disk: &Disk, rng: &mut Rng) -> (Vec<Op>, Vec<Op>) {
             before.push(Op::Flush);
         }
     }
+    if disk.is_wide() && rng.below(2) == 0 {
+        return (before, laps(disk, rng));
+    }
     let count = 10 + rng.below(20);
     (before, (0..count).map(|_| random_op(disk, rng)).collect())
+}
+
+/// Records of several sectors, each over one of an earlier lap of the journal: what is torn shows the older one's changes
+/// in its place, and they are of blocks that have another state by now.
+fn laps(disk: &Disk, rng: &mut Rng) -> Vec<Op> {
+    let mut ops = Vec::new();
+    for _ in 0..1 + rng.below(2) {
+        let first = rng.below(2);
+        // A checkpoint right after a change writes no record, and begins the journal anew.
+        ops.extend([Op::Scatter(first), Op::Checkpoint, Op::ScatterDiscard(first), Op::Flush]);
+        ops.extend([Op::Checkpoint, Op::Scatter(first), Op::Checkpoint]);
+        ops.extend([Op::Scatter(1 - first), Op::Flush]);
+        ops.push(random_op(disk, rng));
+    }
+    ops
 }
 
 /// A run: the overlay, the log of its files, and what its windows hold.
@@ -86,9 +104,14 @@ pub struct Run<'a> {
     pub writes: &'a mut u64,
 }
 
-pub fn open(disk: &Disk, log: &SharedLog<Mark>, live: &Path) -> Result<Overlay> {
+/// The files of a log.
+pub fn files(log: &SharedLog<Mark>) -> LayerFiles {
     let file = |number| Box::new(RecordedFile::new(log, number));
-    Overlay::open("test", LayerFiles { data: file(DATA), map: file(MAP) }, disk.base(), live)
+    LayerFiles { data: file(DATA), map: file(MAP) }
+}
+
+pub fn open(disk: &Disk, log: &SharedLog<Mark>, live: &Path) -> Result<Overlay> {
+    Overlay::open("test", files(log), disk.base(), live)
 }
 
 impl Run<'_> {
@@ -162,11 +185,19 @@ impl Run<'_> {
                 self.overlay().zero(0, self.size).expect("discard all");
             }
             Op::Scatter(first) => {
-                let block_bytes = u64::from(self.disk.geometry.block_bytes());
-                for at in (first * block_bytes..self.disk.windows[0].1).step_by(2 * block_bytes as usize) {
+                for at in self.disk.every_second_block(first) {
                     if let Some((offset, place, len)) = self.disk.place(self.size, (0, at, 256)) {
                         let bytes = self.ask(place, len, false);
                         self.overlay().write_at(offset, &bytes).expect("write");
+                    }
+                }
+            }
+            Op::ScatterDiscard(first) => {
+                let block_bytes = u64::from(self.disk.geometry.block_bytes());
+                for at in self.disk.every_second_block(first) {
+                    if let Some((offset, place, len)) = self.disk.place(self.size, (0, at, block_bytes)) {
+                        self.ask(place, len, true);
+                        self.overlay().zero(offset, len).expect("discard");
                     }
                 }
             }

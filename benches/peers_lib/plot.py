@@ -41,11 +41,12 @@ def svg(title: str, rows: list[Row]) -> str:
                 body += bar(row, peer, COLOURS[peers.index(peer) % len(COLOURS)], y)
                 y += BAR
         y += GAP
+    grid = []
     for n in range(5):
         x, value = LABEL + PLOT * n / 4, MOST * n / 4
         colour = "#444" if value == 1 else "#ddd"
-        body.append(f'<path d="M{x:.0f} 50V{y:.0f}" stroke="{colour}" stroke-width="1"/>')
-        body.append(text(x, 46, f"{value:g} ×", 'text-anchor="middle"'))
+        grid.append(f'<path d="M{x:.0f} 50V{y:.0f}" stroke="{colour}" stroke-width="1"/>')
+        grid.append(text(x, 46, f"{value:g} ×", 'text-anchor="middle"'))
     x = 8.0
     for peer in peers:
         colour = COLOURS[peers.index(peer) % len(COLOURS)]
@@ -55,5 +56,7 @@ def svg(title: str, rows: list[Row]) -> str:
     head = text(8, 15, title, 'font-weight="bold"')
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" width="{WIDTH}" height="{y + 10:.0f}" font-family="sans-serif" '
-        f'font-size="11"><rect width="100%" height="100%" fill="#fff"/>\n{head}\n' + "\n".join(body) + "\n</svg>\n"
+        f'font-size="11"><rect width="100%" height="100%" fill="#fff"/>\n{head}\n'
+        + "\n".join(grid + body)
+        + "\n</svg>\n"
     )

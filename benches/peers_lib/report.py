@@ -10,10 +10,10 @@ Facts = dict[str, str]
 
 
 def number(value: float) -> str:
-    """Three digits that matter."""
+    """Two or three digits that matter."""
     if value >= 1000:
         return f"{value:,.0f}"
-    return f"{value:.{0 if value >= 100 else 1 if value >= 10 else 2}f}"
+    return f"{value:.{0 if value >= 100 else 1 if value >= 10 else 2 if value >= 0.1 else 3}f}"
 
 
 def spread(found: Figure) -> str:

@@ -189,8 +189,9 @@ def measure_crowds(bench: Bench, crowds: list[Crowd], count: int) -> None:
 
     row("start", "ms", start)
     row("stop", "ms", stop)
-    row("cowdisk instance list", "ms", lambda crowd: crowd.store.timed("instance", "list"), AtMost(200, "ms"))
-    row("readdir of the mount", "ms", list_mount, AtMost(200, "ms"))
+    listed = [AtMost(200, "ms")] if count == 10000 else []
+    row("cowdisk instance list", "ms", lambda crowd: crowd.store.timed("instance", "list"), *listed)
+    row("readdir of the mount", "ms", list_mount, *listed)
     row("memory, none open", "MiB", idle_memory, *([AtMost(64, "MiB")] if count == 1000 else []))
     if count <= 1000:
         row("memory, all open", "MiB", open_memory)

@@ -192,13 +192,22 @@ impl Host for RealHost {
 /// `ELOOP` or `ENOTDIR` for a symbolic link.
 pub fn open_beneath(dir: BorrowedFd<'_>, name: &OsStr, flags: OFlags, mode: Mode) -> Result<OwnedFd> {
     assert_component(name);
-    let flags = flags | OFlags::NOFOLLOW | OFlags::CLOEXEC | OFlags::NONBLOCK | OFlags::NOCTTY;
+    // What is made anew is a file, for which there is no waiting; asynchronous requests would take the flag to heart.
+    let patience = if flags.contains(OFlags::EXCL) { OFlags::empty() } else { OFlags::NONBLOCK };
+    let flags = flags | OFlags::NOFOLLOW | OFlags::CLOEXEC | OFlags::NOCTTY | patience;
+    // openat2 refuses a mode where nothing is made.
+    let mode = if flags.contains(OFlags::CREATE) { mode } else { Mode::empty() };
     let resolve = ResolveFlags::BENEATH | ResolveFlags::NO_SYMLINKS | ResolveFlags::NO_MAGICLINKS;
     match retry_on_intr(|| rustix::fs::openat2(dir, name, flags, mode, resolve)) {
         // EPERM may also be the file's own (one that is immutable); it is then said again.
-        Err(Errno::NOSYS | Errno::PERM) => retry_on_intr(|| rustix::fs::openat(dir, name, flags, mode)),
+        Err(Errno::NOSYS | Errno::PERM) => open_one_step(dir, name, flags, mode),
         other => other,
     }
+}
+
+/// Opens one component with flags that hold `O_NOFOLLOW`.
+fn open_one_step(dir: BorrowedFd<'_>, name: &OsStr, flags: OFlags, mode: Mode) -> Result<OwnedFd> {
+    retry_on_intr(|| rustix::fs::openat(dir, name, flags, mode))
 }
 
 /// Names come from `layout.rs` or are checked by `names.rs`, both of the store.
@@ -221,4 +230,49 @@ fn write_all(offset: u64, bytes: &[u8], write: impl Fn(u64, &[u8]) -> Result<usi
         }
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::fd::AsFd as _;
+
+    use super::*;
+
+    /// What a kernel or a sandbox without openat2 gets is the same.
+    #[test]
+    fn neither_way_of_opening_follows_a_link() {
+        let outside = tempfile::tempdir().unwrap();
+        let folder = tempfile::tempdir().unwrap();
+        let put = |name: &str, target: &std::path::Path| {
+            std::os::unix::fs::symlink(target, folder.path().join(name)).unwrap();
+        };
+        std::fs::File::create(folder.path().join("file")).unwrap();
+        put("to_file", std::path::Path::new("file"));
+        put("to_folder", outside.path());
+        put("to_nothing", &outside.path().join("made"));
+        put("to_magic", std::path::Path::new("/proc/self/cwd"));
+        let dir = std::fs::File::open(folder.path()).unwrap();
+        type Open = fn(BorrowedFd<'_>, &OsStr, OFlags, Mode) -> Result<OwnedFd>;
+        let one_step: Open =
+            |dir, name, flags, mode| open_one_step(dir, name, flags | OFlags::NOFOLLOW, mode);
+        for open in [open_beneath as Open, one_step] {
+            let open = |name: &str, flags| open(dir.as_fd(), OsStr::new(name), flags, Mode::RUSR).map(drop);
+            assert!(open("file", OFlags::RDWR).is_ok());
+            assert_eq!(open("absent", OFlags::RDONLY), Err(Errno::NOENT));
+            for name in ["to_file", "to_folder", "to_nothing", "to_magic"] {
+                for flags in [OFlags::RDONLY, OFlags::RDWR, OFlags::RDWR | OFlags::CREATE] {
+                    assert_eq!(open(name, flags), Err(Errno::LOOP), "{name} {flags:?}");
+                }
+                let as_folder = open(name, OFlags::DIRECTORY);
+                assert!(matches!(as_folder, Err(Errno::LOOP | Errno::NOTDIR)), "{name}: {as_folder:?}");
+            }
+        }
+        assert_eq!(std::fs::read_dir(outside.path()).unwrap().count(), 0, "nothing is made through a link");
+        // In /proc the links are the kernel's own, and lead anywhere.
+        let own = std::fs::File::open("/proc/self").unwrap();
+        for open in [open_beneath as Open, one_step] {
+            let found = open(own.as_fd(), OsStr::new("cwd"), OFlags::DIRECTORY, Mode::empty());
+            assert!(matches!(found, Err(Errno::LOOP | Errno::NOTDIR)));
+        }
+    }
 }

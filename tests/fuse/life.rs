@@ -422,6 +422,19 @@ fn a_user_without_privilege_mounts_and_unmounts_a_store_of_his_own() {
         assert!(line.contains(option), "{option} is missing in {line}");
     }
     assert!(!line.contains("allow_other"), "{line}");
+    // A terminal's Ctrl-C would end the shell that is to unmount, too, if it were of the daemon's group.
+    let pid = mount.pid();
+    let children: String = std::fs::read_dir(format!("/proc/{pid}/task"))
+        .unwrap()
+        .map(|thread| std::fs::read_to_string(thread.unwrap().path().join("children")).unwrap())
+        .collect();
+    let group = |pid: &str| {
+        let pid = rustix::process::Pid::from_raw(pid.parse().unwrap());
+        rustix::process::getpgid(pid).unwrap()
+    };
+    let shells: Vec<&str> = children.split_whitespace().collect();
+    assert_eq!(shells.len(), 1, "the shell that unmounts");
+    assert_ne!(group(shells[0]), group(&pid.to_string()));
     mount.signal(Signal::TERM);
     assert!(mount.ends_within(Duration::from_secs(20)).expect("it ends").success());
     assert_eq!(std::fs::read_dir(&mountpoint).unwrap().count(), 0);

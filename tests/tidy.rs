@@ -226,3 +226,28 @@ fn files_are_short() {
     }
     complain(&complaints);
 }
+
+/// Every `file::test` that docs/SECURITY.md names is there: `::test` alone is of the file named before it.
+#[test]
+fn the_tests_that_the_threat_model_names_exist() {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let text = fs::read_to_string(root.join("docs/SECURITY.md")).expect("read docs/SECURITY.md");
+    let mut source = String::new();
+    let mut named = 0;
+    // Every other piece lies between backticks.
+    for word in text.split('`').skip(1).step_by(2) {
+        let (file, test) = word.split_once("::").unwrap_or((word, ""));
+        if file.ends_with(".rs") && file.contains('/') {
+            let path =
+                if file.starts_with("daemon/") { root.join("src").join(file) } else { root.join(file) };
+            source = fs::read_to_string(path).unwrap_or_else(|error| panic!("{word}: {error}"));
+        } else if !file.is_empty() {
+            continue;
+        }
+        if !test.is_empty() {
+            assert!(source.contains(&format!("fn {test}(")), "no test {word}");
+            named += 1;
+        }
+    }
+    assert!(named >= 20, "the tests are found: {named}");
+}

@@ -21,8 +21,22 @@ pub(super) fn mount(session: &Session, args: &MountArgs) -> Result<()> {
         daemon::run(&session.store, &args.mountpoint, &options, || {})
     } else {
         daemon::spawn(&session.store, &args.mountpoint, &options)?;
+        warn_of_refused_disks(&store);
         warn_if_high(&store.with_space_policy(options.space));
         Ok(())
+    }
+}
+
+/// Says which bases are not as they were stored: their disks are there, but opening them fails. The mount stands, so that
+/// nothing of this fails the command.
+fn warn_of_refused_disks(store: &Store) {
+    match store.base_faults() {
+        Ok(faults) => {
+            for fault in faults {
+                log::warn!("{fault}; every disk over it is refused, and cowdisk check names them");
+            }
+        }
+        Err(error) => log::warn!("cannot look at the bases: {error}"),
     }
 }
 

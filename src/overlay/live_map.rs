@@ -279,6 +279,43 @@ pub fn look(path: &Path, binding: Binding, position: Option<Position>, pages: u6
     }
 }
 
+/// Whether a live map of `layer` is at `path` that no opening of the layer will take up, now that the layer has no session and
+/// its durable map has come to `position`: one that builds upon nothing later, or one of an earlier boot.
+///
+/// # Errors
+/// If it cannot be read.
+pub fn is_left(path: &Path, layer: LayerId, position: Position) -> Result<bool> {
+    match File::open(path) {
+        Ok(file) => is_left_in(path, &file, layer, position),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(false),
+        Err(error) => Err(Error::io(format!("open live map {}", path.display()), error)),
+    }
+}
+
+/// Removes the live map at `path` if [`is_left`] still says so and nobody has it open. The caller sees to it that nobody
+/// opens the layer.
+///
+/// # Errors
+/// [`ErrorKind::Busy`] if it is in use; those of the host.
+pub fn remove_left(path: &Path, layer: LayerId, position: Position) -> Result<()> {
+    let Some(file) = open_if_there(path)? else { return Ok(()) };
+    lock(path, &file)?;
+    match is_left_in(path, &file, layer, position)? {
+        true => remove_if_there(path),
+        false => {
+            let message = format!("live map {}: has changed since it was looked at", path.display());
+            Err(Error::new(ErrorKind::Busy, message))
+        }
+    }
+}
+
+fn is_left_in(path: &Path, file: &File, layer: LayerId, position: Position) -> Result<bool> {
+    let Some(header) = read_header_bytes(path, file)? else { return Ok(false) };
+    let boot = current_boot()?;
+    let ours = header[..8] == MAGIC_VALUE && header[8..24] == layer.0;
+    Ok(ours && (header[40..56] != boot.0 || noted_position(&header).is_covered_by(position)))
+}
+
 /// What the header of a live map says.
 enum Header {
     /// Bound to the layer as it is; the states build upon a durable map that had come so far.
@@ -290,19 +327,33 @@ enum Header {
 }
 
 fn read_header(path: &Path, file: &File, binding: Binding) -> Result<Header> {
-    let mut header = [0; HEADER_BYTES];
-    match file.read_exact_at(&mut header, 0) {
-        Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => return Ok(Header::Foreign),
-        other => other.context(|| format!("read live map {}", path.display()))?,
-    }
-    let word = |at: usize| u64::from_le_bytes(header[at * 8..][..8].try_into().expect("8 bytes"));
+    let Some(header) = read_header_bytes(path, file)? else { return Ok(Header::Foreign) };
     Ok(if header[..BINDING_BYTES] != binding.encode() {
         Header::Foreign
-    } else if word(TRUST_WORD) != 0 {
+    } else if header_word(&header, TRUST_WORD) != 0 {
         Header::Distrusted
     } else {
-        Header::Trusted(Position { generation: word(GENERATION_WORD), next_sequence: word(SEQUENCE_WORD) })
+        Header::Trusted(noted_position(&header))
     })
+}
+
+/// The header; `None` if the file is too short to have one.
+fn read_header_bytes(path: &Path, file: &File) -> Result<Option<[u8; HEADER_BYTES]>> {
+    let mut header = [0; HEADER_BYTES];
+    match file.read_exact_at(&mut header, 0) {
+        Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => Ok(None),
+        other => other.map(|()| Some(header)).context(|| format!("read live map {}", path.display())),
+    }
+}
+
+fn header_word(header: &[u8; HEADER_BYTES], word: usize) -> u64 {
+    u64::from_le_bytes(header[word * 8..][..8].try_into().expect("8 bytes"))
+}
+
+/// How far the durable map had come that the states build upon.
+fn noted_position(header: &[u8; HEADER_BYTES]) -> Position {
+    let word = |word| header_word(header, word);
+    Position { generation: word(GENERATION_WORD), next_sequence: word(SEQUENCE_WORD) }
 }
 
 fn read_pages(path: &Path, file: &File, pages: u64) -> Result<SparseStates> {

@@ -52,6 +52,11 @@ pub fn live_map_name(layer: LayerId) -> String {
     format!("{layer}.map")
 }
 
+/// The layer whose live map has this file name; `None` for any other name.
+pub fn layer_of_live_map(name: &str) -> Option<LayerId> {
+    name.strip_suffix(".map")?.parse().ok()
+}
+
 /// A disk with copy-on-write blocks over a base, open for service. All methods may be called by several threads.
 ///
 /// It behaves as a disk with a volatile write cache. What was written survives the daemon; what was written before a

@@ -71,7 +71,10 @@ use crate::storage::{Host, RealHost, Room};
 #[derive(Debug)]
 pub struct Store {
     path: PathBuf,
+    /// Empty if the superblock is lost and nothing tells what it was.
     uuid: String,
+    /// What is wrong with the superblock of a store that was opened for a check all the same.
+    superblock_fault: Option<Error>,
     run_dir_wanted: Option<PathBuf>,
     accept_loss: bool,
     space_policy: Option<SpacePolicy>,
@@ -122,7 +125,7 @@ impl Store {
     /// # Errors
     /// Those of [`Store::open`].
     pub fn open_on(host: Arc<dyn Host>, dir: &Path) -> Result<Self> {
-        let store = Self::open_unswept(host, dir)?;
+        let store = Self::open_unswept(host, dir, |_, error| Err(error))?;
         // What cannot be swept (a read-only host filesystem, say) is in nobody's way.
         if let Err(error) = store.sweep() {
             log::warn!("store {}: cannot remove what is half-made: {error}", dir.display());
@@ -130,7 +133,12 @@ impl Store {
         Ok(store)
     }
 
-    fn open_unswept(host: Arc<dyn Host>, dir: &Path) -> Result<Self> {
+    /// `without` says what the uuid is of a store whose superblock cannot be read, or that it is not opened then.
+    fn open_unswept(
+        host: Arc<dyn Host>,
+        dir: &Path,
+        without: impl FnOnce(&Dir, Error) -> Result<(String, Error)>,
+    ) -> Result<Self> {
         let shown = dir.display();
         let hint = format!("make one: cowdisk --store {shown} init");
         let root = match Dir::open_path_on(host, dir) {
@@ -146,7 +154,11 @@ impl Store {
                 format!("store {shown}: belongs to user {owner}, and is not opened with the rights of root");
             return Err(Error::new(ErrorKind::Denied, message));
         }
-        let uuid = superblock::read(&root).map_err(|error| match error.kind() {
+        let read = match superblock::read(&root) {
+            Ok(uuid) => Ok((uuid, None)),
+            Err(error) => without(&root, error).map(|(uuid, fault)| (uuid, Some(fault))),
+        };
+        let (uuid, superblock_fault) = read.map_err(|error| match error.kind() {
             ErrorKind::NotFound => {
                 Error::new(ErrorKind::NotFound, format!("{shown}: not a cowdisk store")).with_hint(hint)
             }
@@ -156,6 +168,7 @@ impl Store {
         Ok(Self {
             path: dir.to_owned(),
             uuid,
+            superblock_fault,
             run_dir_wanted: None,
             accept_loss: false,
             space_policy: None,

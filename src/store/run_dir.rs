@@ -15,7 +15,7 @@ use serde::{Deserialize, Serialize};
 
 use super::dir::Dir;
 use super::lock::StoreLock;
-use super::{Store, atomic, host_fs, layout, record};
+use super::{Store, atomic, host_fs, layout, record, superblock};
 use crate::error::{Context, Error, ErrorKind, Result};
 
 /// Names the folder to use instead of the usual ones.
@@ -140,6 +140,15 @@ impl Store {
         make_safe(&dir, OTHERS_MAY_ENTER)?;
         Ok(dir)
     }
+}
+
+/// The uuid of the store in `root`, by the note of its latest run directory; `None` if there is none, or none that can be
+/// read. It outlives the boot for which it was written.
+pub(super) fn noted_uuid(root: &Dir) -> Option<String> {
+    let record: RunRecord = record::read(root, layout::RUN, record::RECORD_BYTES_MAX).ok()?;
+    let name = Path::new(&record.dir).file_name()?.to_str()?;
+    let uuid = name.split('-').next()?;
+    superblock::is_uuid(uuid).then(|| uuid.to_owned())
 }
 
 /// Whether a recorded folder is one, by a path without detours. Who recorded it had made it, and memory keeps it for as

@@ -52,11 +52,37 @@ pub(super) fn read(root: &Dir) -> Result<String> {
         return Err(Error::new(ErrorKind::Unsupported, message).with_hint("upgrade cowdisk"));
     }
     let superblock: SuperblockRecord = record::read(root, layout::SUPERBLOCK, record::RECORD_BYTES_MAX)?;
-    let uuid_ok = hex::decode(&superblock.uuid).is_some_and(|bytes| bytes.len() == UUID_BYTES);
-    if superblock.version == 0 || !uuid_ok {
+    if superblock.version == 0 || !is_uuid(&superblock.uuid) {
         return Err(Error::new(ErrorKind::Corrupt, format!("{file}: not a valid superblock")));
     }
     Ok(superblock.uuid)
+}
+
+/// Whether a folder whose superblock is missing or damaged is a store all the same: it has all folders of one, and
+/// something in them. (What an interrupted `init` leaves has nothing in them.)
+pub(super) fn is_store_without(root: &Dir) -> bool {
+    let names = |folder: &str| root.open_dir(folder).and_then(|dir| dir.names());
+    let folders: Vec<_> = layout::FOLDERS.iter().map(|folder| (*folder, names(folder))).collect();
+    folders.iter().all(|(_, names)| names.is_ok())
+        && folders.iter().any(|(folder, names)| {
+            *folder != layout::TMP && names.as_ref().is_ok_and(|names| !names.is_empty())
+        })
+}
+
+/// Writes the superblock of the store `uuid` anew.
+pub(super) fn rewrite(tmp: &Dir, root: &Dir, uuid: &str, _lock: &StoreLock) -> Result<()> {
+    let superblock = SuperblockRecord {
+        magic: MAGIC.to_owned(),
+        version: VERSION,
+        uuid: uuid.to_owned(),
+        created: Timestamp::now(),
+    };
+    atomic::replace_file(tmp, root, layout::SUPERBLOCK, &record::encode(&superblock)?)
+}
+
+/// Whether `uuid` can be that of a store.
+pub(super) fn is_uuid(uuid: &str) -> bool {
+    hex::decode(uuid).is_some_and(|bytes| bytes.len() == UUID_BYTES)
 }
 
 /// Makes a store in a folder that is absent or empty. The superblock comes last: before it there is no store.

@@ -90,6 +90,25 @@ fn a_mount_can_be_read_at_once_and_an_unmount_leaves_all_durable() {
 }
 
 #[test]
+fn a_mount_warns_of_bases_over_which_disks_are_refused() {
+    if !may_mount() {
+        return;
+    }
+    let place = Place::furnished();
+    let base = place.json(&["image", "show", "img", "--json"])["base"].as_str().unwrap().to_owned();
+    let file = File::open(place.path(&format!("store/bases/{base}/base.raw"))).unwrap();
+    file.set_modified(std::time::UNIX_EPOCH).unwrap();
+    let output = place.run(&["mount", &place.path("mnt")]);
+    let opened = File::open(place.path("mnt/instances/inst/disk"));
+    place.works(&["umount", &place.path("mnt")]);
+    assert_eq!(output.status.code(), Some(0));
+    let said = text(&output.stderr);
+    assert!(said.contains(&format!("cowdisk: warn: base {base}: its modification time was ")), "{said}");
+    assert!(said.contains("; every disk over it is refused, and cowdisk check names them\n"), "{said}");
+    opened.unwrap_err();
+}
+
+#[test]
 fn a_disk_in_use_is_neither_removed_nor_unmounted_nor_served_twice() {
     if !may_mount() {
         return;

@@ -5,6 +5,7 @@
 //! write does meanwhile is no finding. [`repair`] mends what can be mended without
 //! losing anything; every step of it leaves the layer as whole as it was, so that a crash between any two does no harm.
 
+mod left;
 mod superblocks;
 
 use std::path::Path;
@@ -34,6 +35,8 @@ const RUNS_MAX: usize = 65_536;
 
 /// The kind of the finding that there is data in blocks that are not `Data`.
 const UNMAPPED: &str = "data-unmapped";
+/// The kind of the finding that there is a live map which nothing needs.
+const LEFT: &str = "live-map-left";
 
 /// Whether anybody has the layer open.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -71,9 +74,15 @@ pub fn repair(name: &str, files: &LayerFiles, live_map: Option<&Path>) -> Result
     let checker = Checker { object: format!("disk {name}"), files, live_map, usage: Usage::Free };
     let mut look = checker.look_at_map();
     checker.look_at_data(&mut look);
-    let results = (checker.rewrite_superblock(&look), checker.punch(&look));
+    let rewritten = checker.rewrite_superblock(&look);
+    let punched = checker.punch(&look);
+    let removed = checker.remove_left_live_map(&look);
     for finding in look.findings.iter_mut().filter(|finding| finding.can_be_repaired()) {
-        let result = if finding.kind == UNMAPPED { &results.1 } else { &results.0 };
+        let result = match finding.kind {
+            UNMAPPED => &punched,
+            LEFT => &removed,
+            _ => &rewritten,
+        };
         finding.outcome = match result {
             Ok(()) => Outcome::Mended,
             Err(error) => Outcome::Failed(error.to_string()),
@@ -103,6 +112,8 @@ struct Look {
     superblock: Option<Superblock>,
     /// The copy of the superblock that a repair writes anew.
     rewrite: Option<u64>,
+    /// How far the durable map had come when a live map was found that nothing needs.
+    left: Option<Position>,
     /// The states that an opening would use, if it would open the layer.
     states: Option<SparseStates>,
     findings: Vec<Finding>,
@@ -245,10 +256,13 @@ impl Checker<'_> {
         scan: MapScan,
     ) -> Result<Option<SparseStates>> {
         let durable = scan.faults.is_empty().then_some(scan.states);
+        let position = Position { generation: superblock.generation, next_sequence: scan.next_sequence };
         let SessionId::NONE = superblock.session else {
-            let position = Position { generation: superblock.generation, next_sequence: scan.next_sequence };
             return self.states_of_a_session(look, superblock, position, durable);
         };
+        if durable.is_some() {
+            self.look_for_left_live_map(look, superblock, position)?;
+        }
         Ok(durable)
     }
 

@@ -10,11 +10,12 @@ use super::super::lock::StoreLock;
 use super::super::names::{DiskName, ObjectName};
 use super::super::record::BootFileId;
 use super::super::references::base_of_overlay;
-use super::super::{Store, host_fs};
-use super::{CheckReport, CheckRequest, hint_or, is_gone, said};
+use super::super::{Store, host_fs, superblock};
+use super::live_maps::layer_of_overlay;
+use super::{CheckReport, CheckRequest, hint_or, is_gone, note_outcome, said};
 use crate::error::{Error, ErrorKind, Result};
 use crate::finding::{Remedy, Severity};
-use crate::format::BaseId;
+use crate::format::{BaseId, LayerId};
 
 /// What a check goes through.
 #[derive(Debug, Default)]
@@ -27,6 +28,10 @@ pub(super) struct Inventory {
     pub(super) base_users: BTreeMap<BaseId, Vec<String>>,
     /// What refers to each kernel and ramdisk.
     pub(super) boot_users: BTreeMap<BootFileId, Vec<String>>,
+    /// The layers of all disks.
+    pub(super) layers: Vec<LayerId>,
+    /// Whether every disk's own superblock could be read; else `layers` is not all.
+    pub(super) layers_known: bool,
     /// Whether every record could be read; else nothing can be called unreferenced.
     pub(super) complete: bool,
 }
@@ -61,12 +66,13 @@ impl Store {
     ) -> Result<Inventory> {
         // Without the right to write, on a read-only filesystem say, there is no lock to be had, and nobody who changes
         // anything either.
-        let lock = if request.repair { StoreLock::wait } else { StoreLock::wait_shared };
-        let _lock = match lock(&self.root) {
+        let take = if request.repair { StoreLock::wait } else { StoreLock::wait_shared };
+        let lock = match take(&self.root) {
             Err(error) if matches!(error.kind(), ErrorKind::ReadOnly | ErrorKind::Denied) => None,
             other => Some(other?),
         };
-        let mut inventory = Inventory { complete: true, ..Inventory::default() };
+        let mut inventory = Inventory { complete: true, layers_known: true, ..Inventory::default() };
+        self.look_at_superblock(request, lock.as_ref(), report);
         if request.only.is_empty() {
             self.look_at_root(report)?;
             self.look_at_images(request, &mut inventory, report)?;
@@ -82,6 +88,7 @@ impl Store {
                 .flat_map(|(at, instance)| instance.disks().map(move |(disk, _)| (at, disk)))
                 .collect();
             self.look_at_objects(&inventory, report)?;
+            self.look_at_live_maps(&inventory, report)?;
         } else {
             self.look_at_targets(request, &mut inventory, report)?;
         }
@@ -122,6 +129,29 @@ impl Store {
             self.look_at_base(id, inventory, report);
         }
         Ok(())
+    }
+
+    /// The superblock of a store that has lost it: without it no command but this one opens the store.
+    fn look_at_superblock(&self, request: &CheckRequest, lock: Option<&StoreLock>, report: &mut CheckReport) {
+        let Some(fault) = &self.superblock_fault else { return };
+        let gone = is_gone(fault) && !self.root.has(layout::SUPERBLOCK).unwrap_or(true);
+        let what = if gone { "missing".to_owned() } else { said(fault) };
+        let remedy = if self.uuid.is_empty() {
+            Remedy::Operator("bring it back from a backup of the store".to_owned())
+        } else {
+            Remedy::Repair(format!("writes it anew, with the store's identity from {}", layout::RUN))
+        };
+        let message = format!("{what}; nothing opens the store without it");
+        report.add("store-superblock", Severity::Warning, layout::SUPERBLOCK, message, remedy);
+        if let (true, false, Some(finding)) =
+            (request.repair, self.uuid.is_empty(), report.findings.last_mut())
+        {
+            let no_lock = || Error::new(ErrorKind::Denied, "the store cannot be locked");
+            let written = lock
+                .ok_or_else(no_lock)
+                .and_then(|lock| superblock::rewrite(&self.tmp, &self.root, &self.uuid, lock));
+            note_outcome(finding, written);
+        }
     }
 
     /// Names in the store's own folder, and the note of where this boot's live maps are.
@@ -248,6 +278,10 @@ impl Store {
             // Whatever the record says, this is what the overlay is over.
             if let Some(base) = base_of_overlay(&folder, disk)? {
                 inventory.base_is_used(base, format!("disk {name}/{disk}"));
+            }
+            match layer_of_overlay(&folder, disk) {
+                Ok(layer) => inventory.layers.extend(layer),
+                Err(_) => inventory.layers_known = false,
             }
         }
         let instance = match self.instance(name) {

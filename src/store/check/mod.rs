@@ -11,6 +11,7 @@
 mod contents;
 mod disks;
 mod inventory;
+mod live_maps;
 mod objects;
 mod scrub;
 
@@ -22,6 +23,7 @@ pub use scrub::{SCRUB_RATE_DEFAULT, SCRUB_RATE_MIN, ScrubReport, ScrubRequest};
 use super::Store;
 use super::names::{DiskName, ObjectName};
 use super::progress::Progress;
+use super::{run_dir, superblock};
 use crate::error::{Error, ErrorKind, Result};
 use crate::finding::{Finding, Outcome, Remedy, Severity};
 use crate::storage::RealHost;
@@ -90,12 +92,19 @@ impl CheckReport {
 }
 
 impl Store {
-    /// Opens the store in `dir` as [`Store::open`] does, but leaves what is half-made where it is: for a check.
+    /// Opens the store in `dir` as [`Store::open`] does, but leaves what is half-made where it is: for a check. A store
+    /// that has lost its superblock opens as well, and the check says so.
     ///
     /// # Errors
     /// Those of [`Store::open`].
     pub fn open_as_it_is(dir: &Path) -> Result<Self> {
-        Self::open_unswept(Arc::new(RealHost), dir)
+        Self::open_unswept(Arc::new(RealHost), dir, |root, fault| {
+            let lost = matches!(fault.kind(), ErrorKind::NotFound | ErrorKind::Corrupt);
+            if !lost || !superblock::is_store_without(root) {
+                return Err(fault);
+            }
+            Ok((run_dir::noted_uuid(root).unwrap_or_default(), fault))
+        })
     }
 
     /// Checks the store, or some of its disks, and repairs it if asked to.

@@ -96,6 +96,23 @@ impl Store {
         }
     }
 
+    /// What is wrong with bases, as far as that can be told without reading them, one error for each. Every disk over such a
+    /// base is refused.
+    ///
+    /// # Errors
+    /// Those of the host.
+    pub fn base_faults(&self) -> Result<Vec<Error>> {
+        let mut faults = Vec::new();
+        for id in self.bases.names()?.iter().filter_map(|name| name.parse::<BaseId>().ok()) {
+            match self.open_base(&id) {
+                Err(error) if error.kind() == ErrorKind::Corrupt => faults.push(error),
+                // Fine, or being removed or replaced.
+                _ => {}
+            }
+        }
+        Ok(faults)
+    }
+
     fn look_at_boot_files(&self, inventory: &Inventory, report: &mut CheckReport) -> Result<()> {
         for (id, users) in &inventory.boot_users {
             report.boot_files += 1;

@@ -299,3 +299,129 @@ fn an_overlay_over_another_base_than_its_record_names_is_told() {
     let finding = only(&check(&t), "disk-base", Severity::Warning);
     assert_eq!(finding.message, format!("it is over base {base}, but its record names {other}"));
 }
+
+/// A store whose superblock is gone could be checked by nothing.
+#[test]
+fn a_lost_superblock_is_found_and_written_anew_with_the_same_identity() {
+    for damage in [None, Some(&b"{\"magic\":"[..])] {
+        let t = store_with_image();
+        let disk = t.store.open_disk(&name("web-3"), DiskName::Root).unwrap();
+        disk.write_at(0, &[1; 512]).unwrap();
+        // The daemon dies; what was written is in the live map only, which the store's identity leads to.
+        drop(disk);
+        let path = t.path("cowdisk-store.json");
+        match damage {
+            None => std::fs::remove_file(&path).unwrap(),
+            Some(bytes) => put(&path, bytes),
+        }
+        Store::open(t.folder.path()).unwrap_err();
+        let found = check(&t);
+        let kinds: Vec<_> = found.iter().map(|finding| (finding.kind, finding.severity)).collect();
+        assert_eq!(
+            kinds,
+            [("store-superblock", Severity::Warning), ("session-open", Severity::Note)],
+            "{found:#?}"
+        );
+        assert!(repair(&t).is_clean());
+        let store = Store::open(t.folder.path()).unwrap().with_run_dir(t.run.path());
+        assert_eq!(store.uuid(), t.store.uuid());
+        let disk = store.open_disk(&name("web-3"), DiskName::Root).unwrap();
+        let mut bytes = [0; 512];
+        disk.read_at(0, &mut bytes).unwrap();
+        assert_eq!(bytes, [1; 512]);
+    }
+}
+
+#[test]
+fn a_superblock_is_not_made_up() {
+    let t = store_with_image();
+    std::fs::remove_file(t.path("cowdisk-store.json")).unwrap();
+    let finding = only(&check(&t), "store-superblock", Severity::Warning);
+    assert!(!finding.can_be_repaired(), "no disk was ever open, so nothing tells the identity: {finding:?}");
+    assert!(!repair(&t).is_clean());
+    assert!(!t.path("cowdisk-store.json").exists());
+    let half_made = empty_store();
+    std::fs::remove_file(half_made.path("cowdisk-store.json")).unwrap();
+    assert_eq!(Store::open_as_it_is(half_made.folder.path()).unwrap_err().kind(), ErrorKind::NotFound);
+    put(&t.path("cowdisk-store.json"), b"{\"magic\": \"cowdisk-store\", \"version\": 99}");
+    assert_eq!(Store::open_as_it_is(t.folder.path()).unwrap_err().kind(), ErrorKind::Unsupported);
+}
+
+fn live_maps(t: &TestStore) -> usize {
+    let names = std::fs::read_dir(t.store.run_dir().unwrap()).unwrap();
+    names.filter(|entry| entry.as_ref().unwrap().path().extension().is_some_and(|ext| ext == "map")).count()
+}
+
+/// As somebody would who has a shell and no idea of the store's locks.
+fn mv(from: &Path, to: &Path) {
+    assert!(std::process::Command::new("mv").args([from, to]).status().unwrap().success());
+}
+
+fn first_byte(t: &TestStore) -> u8 {
+    let mut byte = [0];
+    t.store.open_disk(&name("web-3"), DiskName::Root).unwrap().read_at(0, &mut byte).unwrap();
+    byte[0]
+}
+
+#[test]
+fn a_live_map_that_nothing_needs_is_removed() {
+    let t = store_with_image();
+    // The daemon dies before anything was written.
+    drop(t.store.open_disk(&name("web-3"), DiskName::Root).unwrap());
+    let finding = only(&check(&t), "live-map-left", Severity::Note);
+    assert!(finding.can_be_repaired());
+    let disk = t.store.open_disk(&name("web-3"), DiskName::Root).unwrap();
+    assert_eq!(repair(&t).findings, [], "while the disk is open it is needed");
+    assert_eq!(live_maps(&t), 1);
+    drop(disk);
+    let report = repair(&t);
+    assert_eq!(only(&report.findings, "live-map-left", Severity::Note).outcome, Outcome::Mended);
+    assert_eq!((live_maps(&t), check(&t)), (0, vec![]));
+}
+
+#[test]
+fn a_live_map_that_is_needed_is_never_removed() {
+    let t = store_with_image();
+    let folder = t.path("instances/web-3");
+    let older = tempfile::tempdir().unwrap();
+    for file in ["disk.map", "disk.data"] {
+        std::fs::copy(folder.join(file), older.path().join(file)).unwrap();
+    }
+    let disk = t.store.open_disk(&name("web-3"), DiskName::Root).unwrap();
+    disk.write_at(0, &[7; 100]).unwrap();
+    disk.flush().unwrap();
+    disk.write_at(0, &[8; 8192]).unwrap();
+    drop(disk);
+    only(&repair(&t).findings, "session-open", Severity::Note);
+    assert_eq!(live_maps(&t), 1);
+
+    // Older copies of the disk's files lie in their place for a while: they have no session, but have not come as far.
+    let newer = tempfile::tempdir_in(t.folder.path().parent().unwrap()).unwrap();
+    for file in ["disk.map", "disk.data"] {
+        mv(&folder.join(file), &newer.path().join(file));
+        std::fs::copy(older.path().join(file), folder.join(file)).unwrap();
+    }
+    assert!(repair(&t).findings.iter().all(|finding| finding.kind != "live-map-left"));
+    assert_eq!(live_maps(&t), 1);
+    for file in ["disk.map", "disk.data"] {
+        mv(&newer.path().join(file), &folder.join(file));
+    }
+
+    // The whole instance is moved away for a while.
+    mv(&folder, &newer.path().join("web-3"));
+    let report = repair(&t);
+    assert!(report.findings.iter().any(|finding| finding.kind == "live-map-orphan"), "{report:#?}");
+    assert!(report.is_clean());
+    assert_eq!(live_maps(&t), 1);
+    mv(&newer.path().join("web-3"), &folder);
+    assert_eq!(first_byte(&t), 8);
+}
+
+#[test]
+fn no_live_map_is_called_an_orphan_while_a_disk_cannot_be_read() {
+    let t = store_with_image();
+    drop(t.store.open_disk(&name("web-3"), DiskName::Root).unwrap());
+    put(&t.path("instances/web-3/disk.map"), b"nothing");
+    let found = check(&t);
+    assert!(!found.is_empty() && found.iter().all(|finding| finding.kind != "live-map-orphan"), "{found:#?}");
+}

@@ -122,13 +122,17 @@ class Bench:
     def row(
         self, row: Row, peers: Iterable[Doer], measure: Callable[[Doer, int], Sample], rounds: int | None = None
     ) -> None:
-        """Measures one row, round by round; a peer that fails is left out of the rest of it."""
+        """Measures one row, round by round; a peer that fails is left out of the rest of it.
+
+        Each round begins with another peer: who reads first may find the host's disk colder than those who follow.
+        """
         started = time.monotonic()
         peers = [peer for peer in peers if peer.name == row.baseline or self.wants(row.group, peer.name, row.work)]
         if not peers or (peers[0].name == "plain" and len(peers) == 1):
             return
         for turn in range(rounds or self.rounds):
-            for peer in peers:
+            first = turn % len(peers)
+            for peer in peers[first:] + peers[:first]:
                 if peer.name in row.failures:
                     continue
                 try:

@@ -55,3 +55,12 @@ def measure(path: Path, size: int, load: Load, seconds: float, seed: int, pids: 
     count = max(1, side["total_ios"])
     client = (job["usr_cpu"] + job["sys_cpu"]) / 100 * job["job_runtime"] * 1000
     return Sample(side["iops"], client / count, daemon * 1e6 / count if pids else None)
+
+
+def write_every_other_block(path: Path, size: int, seed: int) -> None:
+    """Writes blocks 0, 2, 4, … of 4 KiB each, many at once: one at a time takes some peers minutes."""
+    run(
+        "fio", "--name=half", f"--filename={path}", f"--size={size}", "--rw=write:4k", "--bs=4k", "--iodepth=32",
+        "--direct=1", "--ioengine=io_uring", f"--randseed={seed}", "--invalidate=0", "--fallocate=none", "--thread",
+        "--end_fsync=1",
+    )  # fmt: skip

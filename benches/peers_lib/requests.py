@@ -15,13 +15,13 @@ KEEP_SIZE_AND_PUNCH_HOLE = 3
 LIBC = ctypes.CDLL(None, use_errno=True)
 
 
-def write_over(path: Path, start: int, end: int, *, length: int, step: int, seed: int) -> None:
-    """Writes `length` bytes at each multiple of `step` from `start` to `end`, durably."""
-    content = random_bytes(seed)[:length]
+def fill(path: Path, size: int, seed: int) -> None:
+    """Writes the first `size` bytes of a file, durably."""
+    content = random_bytes(seed)
     fd = os.open(path, os.O_WRONLY)
     try:
-        for at in range(start, end, step):
-            os.pwrite(fd, content, at)
+        for at in range(0, size, PIECE):
+            os.pwrite(fd, content[: size - at], at)
         os.fsync(fd)
     finally:
         os.close(fd)

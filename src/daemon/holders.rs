@@ -3,7 +3,9 @@
 //! `/proc` is asked, not the mount: attributes come from the kernel's cache, so a dead daemon does not hang the search.
 //! The device number finds users in other mount namespaces too, where QEMU under libvirt lives.
 
+use std::ffi::OsStr;
 use std::fmt;
+use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 
 use rustix::fs::{AtFlags, CWD, StatxFlags};
@@ -77,15 +79,27 @@ fn command(process: &Path) -> String {
 
 fn paths_in_use(process: &Path, device: (u32, u32)) -> Vec<PathBuf> {
     let mut links = vec![process.join("cwd"), process.join("root"), process.join("exe")];
-    for folder in ["fd", "map_files"] {
-        if let Ok(entries) = std::fs::read_dir(process.join(folder)) {
-            links.extend(entries.filter_map(|entry| Some(entry.ok()?.path())));
-        }
+    if let Ok(entries) = std::fs::read_dir(process.join("fd")) {
+        links.extend(entries.filter_map(|entry| Some(entry.ok()?.path())));
     }
-    links
-        .into_iter()
-        .filter(|link| is_on(link, device))
-        .filter_map(|link| std::fs::read_link(link).ok())
+    let linked =
+        links.into_iter().filter(|link| is_on(link, device)).filter_map(|link| std::fs::read_link(link).ok());
+    linked.chain(mapped_files(process, device)).collect()
+}
+
+/// Files that a process has mapped. Its `map_files` would say the same, in a system call for each of what may be tens of
+/// thousands of mappings.
+fn mapped_files(process: &Path, (major, minor): (u32, u32)) -> Vec<PathBuf> {
+    let Ok(maps) = std::fs::read(process.join("maps")) else { return Vec::new() };
+    let device = format!("{major:02x}:{minor:02x}");
+    maps.split(|&byte| byte == b'\n')
+        .filter_map(|line| {
+            // Addresses, rights, offset, device, inode, and, behind more spaces, the path up to the end of the line.
+            let mut fields = line.splitn(6, |&byte| byte == b' ');
+            let on_device = fields.nth(3)? == device.as_bytes();
+            let path = fields.nth(1)?.trim_ascii_start();
+            on_device.then(|| PathBuf::from(OsStr::from_bytes(path)))
+        })
         .collect()
 }
 
@@ -110,6 +124,15 @@ mod tests {
         let own = found.iter().find(|holder| holder.path == path).expect("the file is held by us");
         assert_eq!(own.pid, std::process::id());
         assert!(own.to_string().contains(path.to_str().unwrap()));
+    }
+
+    #[test]
+    fn a_mapped_file_of_this_process_is_found() {
+        let program = std::env::current_exe().unwrap();
+        let device = rustix::fs::stat(&program).unwrap().st_dev;
+        let device = (rustix::fs::major(device), rustix::fs::minor(device));
+        assert!(mapped_files(Path::new("/proc/self"), device).contains(&program));
+        assert!(mapped_files(Path::new("/proc/self"), (device.0, device.1 + 1)).is_empty());
     }
 
     #[test]

@@ -13,8 +13,11 @@ use crate::format::{
 };
 use crate::storage::Storage;
 
-/// Bytes read at once while the pages are loaded: a multiple of two slots.
-const LOAD_BYTES: usize = 256 * PAGE_BYTES;
+/// Most bytes read at once while the pages are loaded: a multiple of two slots.
+const LOAD_BYTES_MAX: usize = 256 * PAGE_BYTES;
+
+/// Fewest bytes read at once, so that a slot that was never written costs no seek; a multiple of two slots.
+const LOAD_BYTES_MIN: usize = 16 * PAGE_BYTES;
 
 /// Most pages that are remembered by number for a message.
 const NOTED_PAGES_MAX: usize = 1024;
@@ -122,11 +125,15 @@ impl MapScan {
     fn read_pages(&mut self, storage: &dyn Storage, superblock: &Superblock) -> Result<()> {
         let pages = page_count(superblock.geometry);
         let end = slot_offset(pages, 0);
-        let mut chunk = vec![0; LOAD_BYTES];
+        let mut buffer = vec![0; LOAD_BYTES_MAX];
         let mut at = PAGES_OFFSET;
         while let Some(data) = storage.next_data(at)?.filter(|&data| data < end) {
             at = data - (data - PAGES_OFFSET) % (2 * PAGE_BYTES as u64);
-            storage.read_at(at, &mut chunk)?;
+            // Not more than there is: between the pages of a scattered map lie large holes.
+            let run = storage.next_hole(data)?.saturating_sub(at).next_multiple_of(LOAD_BYTES_MIN as u64);
+            let len = usize::try_from(run).unwrap_or(LOAD_BYTES_MAX).clamp(LOAD_BYTES_MIN, LOAD_BYTES_MAX);
+            let chunk = &mut buffer[..len];
+            storage.read_at(at, chunk)?;
             for (pair, bytes) in (0..).zip(chunk.chunks_exact(2 * PAGE_BYTES)) {
                 let page = (at - PAGES_OFFSET) / (2 * PAGE_BYTES as u64) + pair;
                 if page >= pages {
@@ -137,7 +144,7 @@ impl MapScan {
                     self.states.insert_page(page, words);
                 }
             }
-            at += LOAD_BYTES as u64;
+            at += len as u64;
         }
         let digest = self.pages.values().fold(0u128, |sum, page| sum.wrapping_add(page.checksum));
         if digest != superblock.pages_digest {

@@ -10,7 +10,7 @@ from ..fio import Load
 from ..host import evict
 from ..peers import Disk, Peer
 from ..peers.plain import Plain
-from ..requests import punch, write_over
+from ..requests import fill, punch
 from ..results import AtLeast, Row, Sample, Target
 
 MIB = 1 << 20
@@ -133,9 +133,9 @@ class Shelf:
     def prepare(self, disk: Disk, state: str) -> None:
         size, seed = self.bench.disk_bytes, self.bench.seed + 1
         if state == "half":
-            write_over(disk.path, 0, size, length=4096, step=8192, seed=seed)
+            fio.write_every_other_block(disk.path, size, seed)
         elif state == "full":
-            write_over(disk.path, 0, size, length=MIB, step=MIB, seed=seed)
+            fill(disk.path, size, seed)
 
 
 def measure(bench: Bench, group: str, works: tuple[Work, ...], *, hot: bool) -> None:
@@ -167,7 +167,7 @@ def measure_discard(bench: Bench) -> None:
 
             def once(peer: Peer, turn: int, length: int = length) -> Sample:
                 with peer.disk() as disk:
-                    write_over(disk.path, 0, end, length=MIB, step=MIB, seed=bench.seed)
+                    fill(disk.path, end, bench.seed)
                     rate = punch(disk.path, end, length=length, seconds=bench.seconds, seed=bench.seed + turn)
                     return Sample(rate)
 

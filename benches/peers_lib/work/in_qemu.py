@@ -12,11 +12,10 @@ from ..peers import Disk, Peer, Place
 from ..peers.cowdisk import Cowdisk
 from ..peers.plain import Plain
 from ..peers.qemu_storage_daemon import make_qcow2
-from ..requests import write_over
+from ..requests import fill
 from ..results import AtLeast, Row, Sample, Target
 
 GROUP = "qemu"
-MIB = 1 << 20
 CACHES = (("none", "native"), ("none", "io_uring"), ("writeback", "io_uring"))
 """Cache modes and ways to reach a file; QEMU refuses native with a writeback cache."""
 FIRST_WRITE = (AtLeast(0.6, ("plain",)), AtLeast(6, ("qcow2",)), AtLeast(2.5, ("qcow2 extended_l2",)))
@@ -61,7 +60,7 @@ class InQemu:
         if isinstance(peer, Qcow2):
             qemu_img.fill(disk.path, size)
         else:
-            write_over(disk.path, 0, size, length=MIB, step=MIB, seed=seed)
+            fill(disk.path, size, seed)
 
     def row(self, title: str, targets: tuple[Target, ...], measure: Callable[[Peer], Sample]) -> None:
         row = Row(GROUP, title, "/s", baseline="plain", targets=targets)

@@ -155,8 +155,9 @@ def measure_daemon(bench: Bench) -> None:
 
 def measure_crowds(bench: Bench, crowds: list[Crowd], count: int) -> None:
     def row(title: str, unit: str, measure: Callable[[Crowd], float], *targets: AtMost) -> None:
-        row = Row("daemon", f"{title}, {count:,} instances", unit, higher_is_better=False, targets=targets)
-        bench.row(row, crowds, lambda crowd, _: Sample(measure(crowd)))
+        work = f"{title}, {count:,} instances"
+        measured = Row("daemon", work, unit, higher_is_better=False, targets=targets)
+        bench.row(measured, crowds, lambda crowd, _: Sample(measure(crowd)))
 
     def stop(crowd: Crowd) -> float:
         crowd.store.mount()

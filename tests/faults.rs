@@ -5,11 +5,15 @@
 
 mod common;
 
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
 use common::sim::{Fate, Rng, SimFile, SimHost};
-use cowdisk::format::LayerId;
+use cowdisk::format::{BaseId, LayerId};
 use cowdisk::overlay::{BaseImage, LayerFiles, Overlay};
+use cowdisk::storage::{MemStorage, Storage};
 use cowdisk::units::Geometry;
-use cowdisk::{ErrorKind, Result};
+use cowdisk::{Error, ErrorKind, Result};
 
 const EIO: i32 = 5;
 const ENOSPC: i32 = 28;
@@ -183,4 +187,95 @@ fn a_full_disk_fails_the_write_that_did_not_fit_and_nothing_else() {
     let mut found = [0; 4096];
     overlay.read_at(65536, &mut found).expect("read");
     assert_eq!(found, [8; 4096]);
+}
+
+/// Storage whose reads fail while a switch is on.
+#[derive(Debug)]
+struct Unreadable {
+    inner: MemStorage,
+    fails: Arc<AtomicBool>,
+}
+
+impl Storage for Unreadable {
+    fn size(&self) -> Result<u64> {
+        self.inner.size()
+    }
+    fn allocated(&self) -> Result<u64> {
+        self.inner.allocated()
+    }
+    fn read_at(&self, offset: u64, buf: &mut [u8]) -> Result<()> {
+        match self.fails.load(Ordering::Relaxed) {
+            true => Err(Error::io("read (simulated)", std::io::Error::from_raw_os_error(EIO))),
+            false => self.inner.read_at(offset, buf),
+        }
+    }
+    fn write_at(&self, offset: u64, buf: &[u8]) -> Result<()> {
+        self.inner.write_at(offset, buf)
+    }
+    fn write_durable_at(&self, offset: u64, buf: &[u8]) -> Result<()> {
+        self.inner.write_durable_at(offset, buf)
+    }
+    fn sync(&self) -> Result<()> {
+        self.inner.sync()
+    }
+    fn drop_cache(&self) -> Result<()> {
+        self.inner.drop_cache()
+    }
+    fn set_len(&self, len: u64) -> Result<()> {
+        self.inner.set_len(len)
+    }
+    fn allocate(&self, offset: u64, len: u64) -> Result<()> {
+        self.inner.allocate(offset, len)
+    }
+    fn punch(&self, offset: u64, len: u64) -> Result<()> {
+        self.inner.punch(offset, len)
+    }
+    fn next_data(&self, offset: u64) -> Result<Option<u64>> {
+        self.inner.next_data(offset)
+    }
+    fn next_hole(&self, offset: u64) -> Result<u64> {
+        self.inner.next_hole(offset)
+    }
+}
+
+#[test]
+fn a_read_error_of_base_or_data_fails_its_request_and_nothing_else() {
+    let storage = || {
+        let fails = Arc::new(AtomicBool::new(false));
+        (Unreadable { inner: MemStorage::new(), fails: fails.clone() }, fails)
+    };
+    let ((base, base_fails), (data, data_fails)) = (storage(), storage());
+    base.write_at(0, &[0xb5; 65536]).expect("write memory");
+    let base = BaseImage::image(BaseId([1; 32]), Box::new(base)).expect("a base");
+    let files = LayerFiles { data: Box::new(data), map: Box::new(MemStorage::new()) };
+    let geometry = Geometry::new(65536, 4096, 0).expect("valid");
+    Overlay::create(&files, LayerId([4; 16]), geometry, base.reference()).expect("create");
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    let overlay = Overlay::open("test", files, base, &folder.path().join("live")).expect("open");
+    overlay.write_at(0, &[1; 4096]).and_then(|()| overlay.flush()).expect("write and flush");
+    let read = |at| {
+        let mut found = [0; 512];
+        overlay.read_at(at, &mut found).map(|()| found[0])
+    };
+    let (in_data, in_base) = (0, 8192);
+
+    data_fails.store(true, Ordering::Relaxed);
+    assert_eq!(read(in_data).expect_err("the data cannot be read").kind(), ErrorKind::Io);
+    assert_eq!(read(in_base).expect("the base can"), 0xb5);
+    overlay.write_at(in_data, &[2; 512]).expect("an overwrite reads nothing");
+    data_fails.store(false, Ordering::Relaxed);
+
+    base_fails.store(true, Ordering::Relaxed);
+    assert_eq!(read(in_base).expect_err("the base cannot be read").kind(), ErrorKind::Io);
+    // The rest of the block has to come from the base.
+    let copy_up = overlay.write_at(in_base, &[3; 512]);
+    assert_eq!(copy_up.expect_err("the base cannot be read").kind(), ErrorKind::Io);
+    overlay.write_at(16384, &[4; 4096]).expect("a whole block reads nothing");
+    overlay.flush().expect("a failed read latches nothing");
+    base_fails.store(false, Ordering::Relaxed);
+
+    let found = [in_data, 512, in_base, 16384].map(|at| read(at).expect("all can be read again"));
+    assert_eq!(found, [2, 1, 0xb5, 4]);
+    overlay.write_at(in_base, &[3; 512]).expect("and written to");
+    overlay.close().expect("close");
 }

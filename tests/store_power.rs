@@ -13,8 +13,12 @@
 #![allow(clippy::cast_possible_truncation)] // sizes that the test made itself
 
 mod common;
+#[path = "store_power/faults.rs"]
+mod faults;
 #[path = "store_power/oracle.rs"]
 mod oracle;
+#[path = "store_power/repairs.rs"]
+mod repairs;
 #[path = "store_power/run.rs"]
 mod run;
 #[path = "store_power/script.rs"]

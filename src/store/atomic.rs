@@ -13,7 +13,8 @@
 //!
 //! **Several steps.** A change of more than one object keeps something of its own in `tmp/` from before its first step
 //! is durable until after its last one. What it leaves behind when it dies is the sign that references must be counted;
-//! [`sweep`] has that done before it removes the sign.
+//! [`sweep`] has that done before it removes the sign. So it is where a step fails: the sign stays until a sweep, which
+//! whoever failed begins at once.
 
 use std::fs::File;
 
@@ -27,10 +28,11 @@ use crate::storage::{FileStorage, Storage};
 /// How often a draft is made again because a sweeper took it. One is already rare.
 const DRAFT_ATTEMPTS: usize = 100;
 
-/// Something being made in `tmp/`. Deleted when dropped before it is committed.
+/// Something being made in `tmp/`. Deleted when dropped before it is committed, unless it is a sign.
 pub(super) struct Draft<'a> {
     tmp: &'a Dir,
     name: String,
+    /// Whether it is deleted when dropped.
     armed: bool,
 }
 
@@ -64,14 +66,15 @@ impl<'a> Draft<'a> {
     /// as it was before, or the message says what may be there.
     fn publish(mut self, parent: &Dir, name: &str, flags: RenameFlags) -> Result<()> {
         self.tmp.rename(&self.name, parent, name, flags)?;
-        self.armed = false;
+        let was_armed = std::mem::take(&mut self.armed);
         let Err(error) = parent.sync() else { return Ok(()) };
         if !flags.contains(RenameFlags::NOREPLACE) {
             return Err(error.context("replaced, but a crash may bring the old one back"));
         }
         match parent.rename(name, self.tmp, &self.name, RenameFlags::NOREPLACE) {
             Ok(()) => {
-                self.armed = true;
+                // What a crash may bring back must not be deleted in part. The next sweep syncs first, too.
+                self.armed = was_armed && self.tmp.sync().is_ok();
                 Err(error)
             }
             Err(undo) => Err(error.context(format!("made, but a crash may undo it ({undo})"))),
@@ -143,9 +146,11 @@ impl<'a> DraftFile<'a> {
         self.file.sync_all()
     }
 
-    /// Makes the draft's name in `tmp/` durable: from now on a crash leaves it there as a sign.
-    pub(super) fn make_sign(&self) -> Result<()> {
-        self.draft.tmp.sync()
+    /// Makes the draft's name in `tmp/` durable: from now on a crash, and an error, leave it there as a sign.
+    pub(super) fn make_sign(mut self) -> Result<Self> {
+        self.draft.tmp.sync()?;
+        self.draft.armed = false;
+        Ok(self)
     }
 
     /// Renames the file to `name` in `parent`, which must not exist. The file must be synced.
@@ -173,18 +178,19 @@ pub(super) fn move_over(draft: &Dir, to: &Dir, name: &str) -> Result<()> {
 }
 
 /// An object on its way out: it has left its place for good and is deleted by [`Removal::finish`], or, if that does
-/// not happen, by the next sweep.
+/// not happen, by the next sweep: until then it is the sign that something is to be done.
 pub(super) struct Removal<'a> {
     draft: Draft<'a>,
     _flock: Option<File>,
 }
 
 impl<'a> Removal<'a> {
-    /// Takes `parent/name` away. The caller holds the store's lock and has checked that nobody uses the object.
+    /// Takes `parent/name` away. The caller holds the store's lock and has checked that nobody uses the object. After an
+    /// error it is in its place, or left to the next sweep.
     pub(super) fn begin(tmp: &'a Dir, parent: &Dir, name: &str) -> Result<Self> {
         let hidden = temporary_name("removed")?;
         parent.rename(name, tmp, &hidden, RenameFlags::NOREPLACE)?;
-        let draft = Draft { tmp, name: hidden, armed: true };
+        let draft = Draft { tmp, name: hidden, armed: false };
         // Only a regular file or a folder can be held; the store has nothing else.
         let flock = match claim(tmp, &draft.name)? {
             Claim::Dead(file) => file,
@@ -196,8 +202,7 @@ impl<'a> Removal<'a> {
     }
 
     /// Deletes the object.
-    pub(super) fn finish(mut self) -> Result<()> {
-        self.draft.armed = false;
+    pub(super) fn finish(self) -> Result<()> {
         self.draft.tmp.remove_tree(&self.draft.name)
     }
 }

@@ -171,12 +171,15 @@ impl Store {
         let lock = self.lock()?;
         self.check_flavor_absent(name)?;
         let created = flavor.created;
-        let record = record::draft(&self.tmp, "flavor", &FlavorRecord { local_size, fs, base, created })?;
-        if let Some((draft, id)) = blank {
-            record.make_sign()?;
-            self.publish_base(draft, &id, &lock)?;
-        }
-        record.commit(&self.flavors, &layout::record_file(name))?;
+        self.in_steps(&lock, || {
+            let made = FlavorRecord { local_size, fs, base, created };
+            let mut record = record::draft(&self.tmp, "flavor", &made)?;
+            if let Some((draft, id)) = blank {
+                record = record.make_sign()?;
+                self.publish_base(draft, &id, &lock)?;
+            }
+            record.commit(&self.flavors, &layout::record_file(name))
+        })?;
         Ok(flavor)
     }
 
@@ -309,10 +312,12 @@ impl Store {
                 held = Some((base, self.hold_base(&base)?));
             }
         }
-        let removal = Removal::begin(&self.tmp, &self.flavors, &layout::record_file(name))?;
-        if let Some((base, held)) = held {
-            self.remove_held_base(&base, held, &lock)?;
-        }
-        removal.finish()
+        self.in_steps(&lock, || {
+            let removal = Removal::begin(&self.tmp, &self.flavors, &layout::record_file(name))?;
+            if let Some((base, held)) = held {
+                self.remove_held_base(&base, held, &lock)?;
+            }
+            removal.finish()
+        })
     }
 }

@@ -176,15 +176,16 @@ impl Store {
     ) -> Result<()> {
         let lock = self.lock()?;
         self.check_image_absent(&image.name)?;
-        let record = record::draft(&self.tmp, "image", &image.to_record())?;
-        record.make_sign()?;
-        // Of an earlier image of that name, should a crash have left it.
-        self.forget_attributes(&layout::image_attributes_file(&image.name))?;
-        self.publish_base(base, &image.base, &lock)?;
-        for boot_file in boot_files.into_iter().flatten() {
-            self.publish_boot_file(boot_file, &lock)?;
-        }
-        record.commit(&self.images, &layout::record_file(&image.name))
+        self.in_steps(&lock, || {
+            let record = record::draft(&self.tmp, "image", &image.to_record())?.make_sign()?;
+            // Of an earlier image of that name, should a crash have left it.
+            self.forget_attributes(&layout::image_attributes_file(&image.name))?;
+            self.publish_base(base, &image.base, &lock)?;
+            for boot_file in boot_files.into_iter().flatten() {
+                self.publish_boot_file(boot_file, &lock)?;
+            }
+            record.commit(&self.images, &layout::record_file(&image.name))
+        })
     }
 
     fn check_image_absent(&self, name: &ObjectName) -> Result<()> {
@@ -247,17 +248,19 @@ impl Store {
                 .with_hint("remove these instances first"));
         }
         let held = if base_goes { self.hold_base(&image.base)? } else { None };
-        let removal = Removal::begin(&self.tmp, &self.images, &layout::record_file(name))?;
-        if base_goes {
-            self.remove_held_base(&image.base, held, &lock)?;
-        }
-        for id in image.kernel.iter().chain(&image.ramdisk) {
-            if !others.has_boot_file(id) {
-                self.remove_boot_file(id, &lock)?;
+        self.in_steps(&lock, || {
+            let removal = Removal::begin(&self.tmp, &self.images, &layout::record_file(name))?;
+            if base_goes {
+                self.remove_held_base(&image.base, held, &lock)?;
             }
-        }
-        self.forget_attributes(&layout::image_attributes_file(name))?;
-        removal.finish()
+            for id in image.kernel.iter().chain(&image.ramdisk) {
+                if !others.has_boot_file(id) {
+                    self.remove_boot_file(id, &lock)?;
+                }
+            }
+            self.forget_attributes(&layout::image_attributes_file(name))?;
+            removal.finish()
+        })
     }
 
     /// Reads all of an image again and compares it with its identity. A base that is whole but whose modification time

@@ -435,14 +435,16 @@ impl Store {
                 .inspect_err(|error| log::warn!("keeping kernel and ramdisk: {error}"))
                 .ok(),
         };
-        let removal = Removal::begin(&self.tmp, &self.instances, name.as_str())?;
-        for id in &boot_files {
-            if others.as_ref().is_some_and(|others| !others.has_boot_file(id)) {
-                self.remove_boot_file(id, &lock)?;
+        self.in_steps(&lock, || {
+            let removal = Removal::begin(&self.tmp, &self.instances, name.as_str())?;
+            for id in &boot_files {
+                if others.as_ref().is_some_and(|others| !others.has_boot_file(id)) {
+                    self.remove_boot_file(id, &lock)?;
+                }
             }
-        }
-        self.remove_live_maps(&live_maps);
-        removal.finish()
+            self.remove_live_maps(&live_maps);
+            removal.finish()
+        })
     }
 
     /// Sets the times of a disk of the instance `id`, as `utimensat` does.

@@ -235,9 +235,23 @@ impl Store {
             return Ok(());
         }
         match StoreLock::try_take(&self.root)? {
-            Some(lock) => atomic::sweep(&self.tmp, || self.remove_unreferenced(&lock)),
+            Some(lock) => self.sweep_locked(&lock),
             None => Ok(()),
         }
+    }
+
+    fn sweep_locked(&self, lock: &StoreLock) -> Result<()> {
+        atomic::sweep(&self.tmp, || self.remove_unreferenced(lock))
+    }
+
+    /// Changes several objects. Where that fails in the middle, what it leaves is removed at once, or if that fails, too,
+    /// by the next opening.
+    fn in_steps<T>(&self, lock: &StoreLock, steps: impl FnOnce() -> Result<T>) -> Result<T> {
+        steps().inspect_err(|_| {
+            if let Err(error) = self.sweep_locked(lock) {
+                log::warn!("store {}: cannot remove what is half-made: {error}", self.path.display());
+            }
+        })
     }
 }
 

@@ -14,7 +14,8 @@ use parking_lot::{Mutex, MutexGuard};
 use rustix::fs::{AtFlags, RenameFlags, Timestamps};
 use rustix::io::{Errno, Result};
 
-use super::record::{Change, Content, Image};
+use super::record::{Change, Choice, Content, Image, SECTOR};
+use super::sim::Rng;
 use super::tree::{Born, Meta, Names, Node, Tree, read_image};
 
 /// What happened, in order.
@@ -32,8 +33,8 @@ pub enum Event<M> {
     SyncData(Node),
     /// And mode and time.
     SyncAll(Node),
-    /// A sync of a file failed.
-    FailedSync(Node),
+    /// A sync of a file failed: this is what is on the disk, and nothing else will be written.
+    FailedSync(Node, Image),
     Meta(Node, Meta),
     /// Something that does not matter to what is left, such as a reservation of space.
     Other(&'static str),
@@ -120,14 +121,13 @@ impl<M> RecordingHost<M> {
         }
     }
 
-    /// [`RecordingHost::step`] of a sync of a file: where it fails, what it was to write is lost or not.
+    /// [`RecordingHost::step`] of a sync of a file: where it fails, what it was to write is on the disk or not, part by
+    /// part, and the cache forgets it.
     fn step_sync(&self, file: BorrowedFd<'_>) -> Result<MutexGuard<'_, Recording<M>>> {
         let dead = self.is_dead();
         self.step().inspect_err(|_| {
             if !dead {
-                let mut recording = self.0.lock();
-                let node = recording.node(file);
-                recording.events.push(Event::FailedSync(node));
+                self.0.lock().fail_sync(file);
             }
         })
     }
@@ -184,6 +184,21 @@ impl<M> Recording<M> {
         let end = offset + bytes.len() as u64;
         let len = (end > cache.len).then_some(end);
         self.change(file, "write", sectors, len)
+    }
+
+    fn fail_sync(&mut self, file: BorrowedFd<'_>) {
+        let node = self.node(file);
+        let mut tree = self.start.clone();
+        self.events.iter().enumerate().for_each(|(number, event)| tree.step(number, event));
+        let image = tree.contents(node, &mut Choice::Parts(Rng(self.events.len() as u64)));
+        RealHost.set_len(file, 0).expect("cut a file");
+        RealHost.set_len(file, image.len).expect("set the size of a file");
+        for (index, sector) in image.sectors() {
+            let len = (image.len - index * SECTOR).min(SECTOR) as usize;
+            RealHost.write_at(file, index * SECTOR, &sector[..len]).expect("write a file");
+        }
+        self.cache[node] = image.clone();
+        self.events.push(Event::FailedSync(node, image));
     }
 
     /// Takes over what others than the store have written: a program that it has run.
@@ -260,7 +275,14 @@ impl<M: Send + Sync + Debug> Host for RecordingHost<M> {
     }
 
     fn write_at(&self, file: BorrowedFd<'_>, offset: u64, bytes: &[u8]) -> Result<()> {
-        let mut recording = self.step()?;
+        let dead = self.is_dead();
+        let mut recording = self.step().inspect_err(|_| {
+            // Some of it is written.
+            let some = &bytes[..bytes.len() / 2];
+            if !dead && RealHost.write_at(file, offset, some).is_ok() {
+                self.0.lock().wrote(file, offset, some);
+            }
+        })?;
         RealHost.write_at(file, offset, bytes)?;
         recording.wrote(file, offset, bytes);
         Ok(())

@@ -19,7 +19,6 @@ use rustix::fs::{AtFlags, SeekFrom, Timespec, Timestamps};
 
 use super::host::Event;
 use super::record::{Choice, FileState, Image, SECTOR, content};
-use super::sim::Rng;
 
 /// The number of a file or a folder in a run; the first folder is 0.
 pub type Node = usize;
@@ -196,11 +195,8 @@ impl Tree {
                 self.nodes[*node].file.sync();
                 self.nodes[*node].sync_meta();
             }
-            // Nothing of it will be written any more; each part of it was, or was not.
-            Event::FailedSync(node) => {
-                let mut choice = Choice::Parts(Rng(number as u64));
-                let left = self.nodes[*node].file.left(*node, &mut choice);
-                self.nodes[*node].file = FileState { durable: left, pending: Vec::new() };
+            Event::FailedSync(node, image) => {
+                self.nodes[*node].file = FileState { durable: image.clone(), pending: Vec::new() };
             }
             Event::Other(_) | Event::Mark(_) => {}
         }
@@ -238,6 +234,11 @@ impl Tree {
     /// Changes of names that are not durable, by their numbers.
     pub fn pending_names(&self) -> Vec<usize> {
         self.pending.iter().map(|(number, _)| *number).collect()
+    }
+
+    /// What a power cut leaves of the contents of a file.
+    pub fn contents(&self, node: Node, choice: &mut Choice) -> Image {
+        self.nodes[node].file.left(node, choice)
     }
 
     /// What a power cut leaves.

@@ -1,6 +1,6 @@
 //! Processes that make the changes of a script, and say what they ask for and what they were answered.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;
 use std::io::{Read, Write};
 use std::path::{Path, PathBuf};
@@ -40,6 +40,8 @@ pub struct Run {
     turn: AtomicU64,
     /// Versions and sectors written so far: each has a number of its own.
     pub count: AtomicU64,
+    /// Disks of which a request has failed since they were opened.
+    failed: Mutex<BTreeSet<DiskKey>>,
     /// The kinds of errors of the host that reached a caller.
     pub errors: Mutex<Vec<ErrorKind>>,
 }
@@ -84,6 +86,7 @@ impl Run {
             processes: Default::default(),
             turn: AtomicU64::new(0),
             count: AtomicU64::new(count),
+            failed: Mutex::default(),
             errors: Mutex::default(),
         }
     }
@@ -339,7 +342,13 @@ impl Run {
         let (key, open) = match process.disks.remove(&(number, disk)) {
             Some(open) => open,
             // Another process may have it open.
-            None => ((version_of(&instance), disk), store.open_disk(&instance.name, disk)?),
+            None => {
+                let (key, open) = ((version_of(&instance), disk), store.open_disk(&instance.name, disk)?);
+                if self.failed.lock().remove(&key) {
+                    self.look_again(&key, &open)?;
+                }
+                (key, open)
+            }
         };
         let result = self.ask_disk(&key, &open, op);
         match (op, &result) {
@@ -348,10 +357,23 @@ impl Run {
                 self.mark_disk(&key, DiskMark::Flushed);
             }
             // After an error of the host it is opened anew.
-            (_, Err(_)) => drop(open),
+            (_, Err(_)) => {
+                drop(open);
+                self.failed.lock().insert(key);
+            }
             _ => drop(process.disks.insert((number, disk), (key, open))),
         }
         result
+    }
+
+    /// What failed is done or not: whichever it is, that is what the next flush covers.
+    fn look_again(&self, key: &DiskKey, disk: &Disk) -> Result<()> {
+        let end = if key.1 == DiskName::Root { IMAGE_SECTORS } else { LOCAL_SECTORS };
+        let mut bytes = vec![0; (end * SECTOR) as usize];
+        disk.read_at(0, &mut bytes)?;
+        let found = bytes.as_chunks::<512>().0.iter().map(content).enumerate();
+        self.mark_disk(key, DiskMark::Asked(found.collect()));
+        Ok(())
     }
 
     fn ask_disk(&self, key: &DiskKey, disk: &Disk, op: &DiskOp) -> Result<()> {

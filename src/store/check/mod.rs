@@ -26,7 +26,7 @@ use super::progress::Progress;
 use super::{run_dir, superblock};
 use crate::error::{Error, ErrorKind, Result};
 use crate::finding::{Finding, Outcome, Remedy, Severity};
-use crate::storage::RealHost;
+use crate::storage::{Host, RealHost};
 
 /// One disk of an instance, or all of them.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -98,7 +98,15 @@ impl Store {
     /// # Errors
     /// Those of [`Store::open`].
     pub fn open_as_it_is(dir: &Path) -> Result<Self> {
-        Self::open_unswept(Arc::new(RealHost), dir, |root, fault| {
+        Self::open_as_it_is_on(Arc::new(RealHost), dir)
+    }
+
+    /// [`Store::open_as_it_is`] by way of `host`, through which a repair changes the store.
+    ///
+    /// # Errors
+    /// Those of [`Store::open`].
+    pub fn open_as_it_is_on(host: Arc<dyn Host>, dir: &Path) -> Result<Self> {
+        Self::open_unswept(host, dir, |root, fault| {
             let lost = matches!(fault.kind(), ErrorKind::NotFound | ErrorKind::Corrupt);
             if !lost || !superblock::is_store_without(root) {
                 return Err(fault);

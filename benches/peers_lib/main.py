@@ -2,9 +2,9 @@
 
 import argparse
 import os
+import shlex
 import shutil
 import signal
-import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -93,6 +93,19 @@ def mounts_of(options: argparse.Namespace, program: Path, run_dirs: Path) -> dic
     }
 
 
+def command_of(options: argparse.Namespace) -> str:
+    """The command for the same run elsewhere: without where things lie on this machine."""
+    words = ["benches/peers"]
+    if options.quick:
+        words.append("--quick")
+    repeated = [("--only", value) for value in options.only] + [("--transport", value) for value in options.transport]
+    single = [("--mount-options", options.mount_options), ("--seconds", options.seconds), ("--rounds", options.rounds)]
+    for name, value in [*repeated, *single, ("--seed", options.seed)]:
+        if value:
+            words += [name, str(value)]
+    return shlex.join(words)
+
+
 @contextmanager
 def working_folder(parent: Path) -> Iterator[Path]:
     """A folder that is gone afterwards, with whatever a peer has left in it."""
@@ -138,7 +151,7 @@ def measure(options: argparse.Namespace) -> int:
             options.seed,
             tuple(Choice.parse(text) for text in options.only),
         )
-        facts = {"command": " ".join(["benches/peers", *sys.argv[1:]]), **describe(program, disk_folder)}
+        facts = {"command": command_of(options), **describe(program, disk_folder)}
         interrupted = False
         try:
             for name, about, measure_group in GROUPS:

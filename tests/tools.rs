@@ -187,6 +187,17 @@ fn fio_verifies_buffered_and_mapped_writes() {
 }
 
 #[test]
+fn fio_verifies_several_buffered_writers_mixed_with_readers_and_synced_mappings() {
+    let mount = TestMount::with_options("flush=1");
+    let jobs = ["--numjobs=4", "--size=2M", "--offset_increment=2M", "--bssplit=512/20:4k/40:64k/40"];
+    let mixed = ["--blockalign=512", "--rw=randrw", "--rwmixread=30", "--fdatasync=5", "--loops=2"];
+    for engine in ["--ioengine=psync", "--ioengine=io_uring"] {
+        fio(&mount.disk(), &[&jobs[..], &mixed, &[engine, "--iodepth=4", "--serialize_overlap=1"]].concat());
+    }
+    fio(&mount.local(), &["--ioengine=mmap", "--rw=randwrite", "--bs=4k", "--size=4M", "--fsync=16"]);
+}
+
+#[test]
 fn fio_verifies_every_engine_unaligned_and_synced_now_and_then() {
     let mount = TestMount::with_options("flush=1");
     for engine in ["sync", "pvsync2", "posixaio", "libaio", "io_uring"] {

@@ -235,7 +235,7 @@ pub struct MountArgs {
     /// Serve in the foreground
     #[arg(short, long)]
     pub foreground: bool,
-    /// Options, separated by commas: ro, threads=N, flush=SECONDS, allow_other, noallow_other, accept_loss, reserve=SIZE,
+    /// Options, separated by commas: ro, transport=NAME, threads=N, flush=SECONDS, allow_other, noallow_other, accept_loss, reserve=SIZE,
     /// high_water=PERCENT, log=FILE
     #[arg(short, value_name = "OPT,…", allow_hyphen_values = true)]
     pub options: Vec<String>,

@@ -34,7 +34,8 @@ const PATIENCE: Duration = Duration::from_secs(60);
 /// How often it tries within that time.
 const RETRY: Duration = Duration::from_millis(500);
 
-/// Open files wanted: for 200,000 overlays, each of which takes four (map, data, base and live map), and some besides.
+/// Open files wanted: for 200,000 overlays, each of which takes five (map, data twice, base and live map), and
+/// some besides.
 const DESCRIPTORS: u64 = 1 << 20;
 
 enum Event {
@@ -291,7 +292,7 @@ impl Keeper<'_> {
     }
 }
 
-/// An open overlay takes up to four descriptors, and the usual limit is 1,024. As many as the host allows; with fewer,
+/// An open overlay takes up to five descriptors, and the usual limit is 1,024. As many as the host allows; with fewer,
 /// opening a disk fails when they are used up.
 fn raise_descriptor_limit() {
     let now = rustix::process::getrlimit(Resource::Nofile);

@@ -43,6 +43,7 @@ use tree::Tree;
 
 use crate::error::{Context, Error, Result};
 use crate::overlay::CommitCounts;
+use crate::storage::Way;
 use crate::store::{SpaceNow, Store};
 
 /// Longest name of a file, in bytes.
@@ -269,25 +270,61 @@ impl Fs {
     }
 
     /// Fills the beginning of `buf` with what lies at byte `offset`; returns how many bytes, fewer than asked only at
-    /// the end of the file. `direct` says that the file was opened with O_DIRECT, which must be aligned to 512 bytes.
+    /// the end of the file. `direct` says that the file was opened with O_DIRECT, which must be aligned to 512 bytes; `way`
+    /// is how the bytes of a disk's own then travel.
     ///
     /// # Errors
     /// [`Errno::INVALID`] if `direct` and not aligned; those of the disk.
-    pub fn read(&self, handle: HandleId, offset: u64, buf: &mut [u8], direct: bool) -> Outcome<usize> {
-        let outcome = self.handles.get(handle).and_then(|file| file.read(offset, buf, direct));
+    pub fn read(
+        &self,
+        handle: HandleId,
+        offset: u64,
+        buf: &mut [u8],
+        direct: bool,
+        way: Way,
+    ) -> Outcome<usize> {
+        let outcome = self.handles.get(handle).and_then(|file| file.read(offset, buf, direct, way));
         let read = outcome.as_ref().map_or(0, |read| *read as u64);
         self.counters.count(Operation::Read, read, &outcome);
         outcome
     }
 
-    /// Writes all of `data` at byte `offset`; durable after the next [`Fs::sync`]. `direct` as in [`Fs::read`].
+    /// [`Fs::read`] if it need not wait for the host's disk. `None` if it must: then nothing was done, and whatever `buf`
+    /// holds means nothing.
+    ///
+    /// # Errors
+    /// Those of [`Fs::read`].
+    pub fn read_now(
+        &self,
+        handle: HandleId,
+        offset: u64,
+        buf: &mut [u8],
+        direct: bool,
+        way: Way,
+    ) -> Outcome<Option<usize>> {
+        let outcome = self.handles.get(handle).and_then(|file| file.read_now(offset, buf, direct, way));
+        match &outcome {
+            Ok(None) => {}
+            Ok(Some(read)) => self.counters.count(Operation::Read, *read as u64, &outcome),
+            Err(_) => self.counters.count(Operation::Read, 0, &outcome),
+        }
+        outcome
+    }
+
+    /// Whether [`Fs::write`] of `len` bytes at `offset` only changes memory, or is refused. It need not be called then by a
+    /// thread that has time to wait for the host's disk.
+    pub fn writes_to_memory(&self, handle: HandleId, offset: u64, len: u64, way: Way) -> bool {
+        self.handles.get(handle).map_or(true, |file| file.writes_to_memory(offset, len, way))
+    }
+
+    /// Writes all of `data` at byte `offset`; durable after the next [`Fs::sync`]. `direct` and `way` as in [`Fs::read`].
     ///
     /// # Errors
     /// [`Errno::TOO_BIG`] if it reaches beyond the end of the disk (nothing is written then); [`Errno::INVALID`] if
     /// `direct` and not aligned; those of the disk.
-    pub fn write(&self, handle: HandleId, offset: u64, data: &[u8], direct: bool) -> Outcome<()> {
+    pub fn write(&self, handle: HandleId, offset: u64, data: &[u8], direct: bool, way: Way) -> Outcome<()> {
         let len = data.len() as u64;
-        self.counted(Operation::Write, len, || self.handles.get(handle)?.write(offset, data, direct))
+        self.counted(Operation::Write, len, || self.handles.get(handle)?.write(offset, data, direct, way))
     }
 
     /// Makes every completed write to the file durable.

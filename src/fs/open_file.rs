@@ -8,7 +8,7 @@ use super::errno::{Errno, Outcome};
 use super::inodes::Node;
 use super::open_disks::{OpenDisk, OpenDisks};
 use super::tree::{Entry, Tree};
-use crate::storage::{FileStorage, Storage};
+use crate::storage::{FileStorage, Storage, Way};
 use crate::units::SECTOR_BYTES;
 
 /// `XFS_IOC_DIOINFO`, by which QEMU asks any filesystem for the alignment of direct I/O.
@@ -92,26 +92,54 @@ impl OpenFile {
         }
     }
 
-    /// See [`super::Fs::read`].
-    pub fn read(&self, offset: u64, buf: &mut [u8], direct: bool) -> Outcome<usize> {
-        check_alignment(direct, offset, buf.len() as u64)?;
+    /// How many bytes there are of `len` at `offset`.
+    fn bytes_there(&self, offset: u64, len: usize) -> Outcome<usize> {
         let left = self.size()?.saturating_sub(offset);
-        let len = usize::try_from(left).map_or(buf.len(), |left| left.min(buf.len()));
+        Ok(usize::try_from(left).map_or(len, |left| left.min(len)))
+    }
+
+    /// See [`super::Fs::read`].
+    pub fn read(&self, offset: u64, buf: &mut [u8], direct: bool, way: Way) -> Outcome<usize> {
+        check_alignment(direct, offset, buf.len() as u64)?;
+        let len = self.bytes_there(offset, buf.len())?;
         let buf = &mut buf[..len];
         match self {
             _ if buf.is_empty() => {}
-            Self::Disk(disk) => disk.disk().read_at(offset, buf)?,
+            Self::Disk(disk) => disk.disk().read_by(way, offset, buf)?,
             Self::Fixed { file, .. } => file.read_exact_at(offset, buf)?,
             Self::Directory { .. } => return Err(Errno::IS_DIRECTORY.into()),
         }
         Ok(len)
     }
 
+    /// See [`super::Fs::read_now`].
+    pub fn read_now(&self, offset: u64, buf: &mut [u8], direct: bool, way: Way) -> Outcome<Option<usize>> {
+        check_alignment(direct, offset, buf.len() as u64)?;
+        let len = self.bytes_there(offset, buf.len())?;
+        let buf = &mut buf[..len];
+        let done = match self {
+            _ if buf.is_empty() => true,
+            Self::Disk(disk) => disk.disk().read_now(way, offset, buf)?,
+            Self::Fixed { file, .. } => file.read_now(offset, buf)?,
+            Self::Directory { .. } => return Err(Errno::IS_DIRECTORY.into()),
+        };
+        Ok(done.then_some(len))
+    }
+
     /// See [`super::Fs::write`].
-    pub fn write(&self, offset: u64, data: &[u8], direct: bool) -> Outcome<()> {
+    pub fn write(&self, offset: u64, data: &[u8], direct: bool, way: Way) -> Outcome<()> {
         check_alignment(direct, offset, data.len() as u64)?;
         let disk = self.disk_in_range(offset, data.len() as u64)?;
-        Ok(disk.change(|disk| disk.write_at(offset, data))?)
+        Ok(disk.change(|disk| disk.write_by(way, offset, data))?)
+    }
+
+    /// See [`super::Fs::writes_to_memory`].
+    pub fn writes_to_memory(&self, offset: u64, len: u64, way: Way) -> bool {
+        match self {
+            Self::Disk(disk) => disk.disk().writes_to_memory(way, offset, len),
+            // Refused, which takes no time.
+            Self::Fixed { .. } | Self::Directory { .. } => true,
+        }
     }
 
     /// See [`super::Fs::sync`].

@@ -60,6 +60,22 @@ impl BaseImage {
         }
     }
 
+    /// [`BaseImage::read_at`] out of the host's memory; see [`Storage::read_now`].
+    ///
+    /// # Errors
+    /// The same.
+    pub fn read_now(&self, offset: u64, buf: &mut [u8]) -> Result<bool> {
+        let in_base = usize::try_from(self.size().saturating_sub(offset)).unwrap_or(usize::MAX);
+        let (from_base, past_end) = buf.split_at_mut(in_base.min(buf.len()));
+        past_end.fill(0);
+        match &self.storage {
+            Some(storage) if !from_base.is_empty() => {
+                storage.read_now(offset, from_base).context(|| "base image")
+            }
+            _ => Ok(true),
+        }
+    }
+
     /// The first byte at or after `offset` that may not be zero, or `None`.
     ///
     /// A hole of the base's file is enough to call its bytes zero: the file's contents are fixed, and a hole reads as

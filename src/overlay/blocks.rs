@@ -11,7 +11,7 @@ use super::base::BaseImage;
 use super::states::Extent;
 use crate::error::{Context, Result};
 use crate::format::BlockState;
-use crate::storage::{LatchedStorage, Room, Storage};
+use crate::storage::{LatchedStorage, Room, Storage, Way};
 use crate::units::{BlockSpan, Geometry};
 
 /// Data, base and map of one overlay, in blocks.
@@ -52,10 +52,11 @@ impl Blocks {
         self.map
     }
 
-    /// Fills `buf` with the bytes at `offset` of the disk, all of them in blocks of one state.
-    pub fn read_in(&self, state: BlockState, offset: u64, buf: &mut [u8]) -> Result<()> {
+    /// Fills `buf` with the bytes at `offset` of the disk, all of them in blocks of one state. Those of the base always
+    /// travel through the host's cache, where all instances share them.
+    pub fn read_in(&self, way: Way, state: BlockState, offset: u64, buf: &mut [u8]) -> Result<()> {
         match state {
-            BlockState::Data => self.data.read_exact_at(self.grid.data_offset(offset), buf),
+            BlockState::Data => self.data.read_by(way, self.grid.data_offset(offset), buf),
             BlockState::Base => self.base.read_at(offset, buf),
             BlockState::Zero => {
                 buf.fill(0);
@@ -64,10 +65,24 @@ impl Blocks {
         }
     }
 
+    /// [`Blocks::read_in`] out of the host's memory; see [`Storage::read_now`]. What would go past the host's cache is not
+    /// looked for in it: the host would begin to fetch it there, and later direct writes would have to throw it out.
+    pub fn read_now_in(&self, way: Way, state: BlockState, offset: u64, buf: &mut [u8]) -> Result<bool> {
+        match state {
+            BlockState::Data if way == Way::Direct && self.data.goes_direct() => Ok(false),
+            BlockState::Data => self.data.read_now(self.grid.data_offset(offset), buf),
+            BlockState::Base => self.base.read_now(offset, buf),
+            BlockState::Zero => {
+                buf.fill(0);
+                Ok(true)
+            }
+        }
+    }
+
     /// Overwrites bytes at `offset` of the disk, all of them in blocks of state `Data`. Needs no lock: the state cannot
     /// become anything that copies the block up, and a concurrent discard may come before or after.
-    pub fn overwrite(&self, offset: u64, buf: &[u8]) -> Result<()> {
-        self.data.write_at(self.grid.data_offset(offset), buf)
+    pub fn overwrite(&self, way: Way, offset: u64, buf: &[u8]) -> Result<()> {
+        self.data.write_by(way, self.grid.data_offset(offset), buf)
     }
 
     /// Writes bytes at `offset` of the disk into the blocks of `extent`, which are not `Data` yet: whole blocks are
@@ -96,7 +111,8 @@ impl Blocks {
         Ok(())
     }
 
-    /// Stores whole blocks, none of them `Data`. Zeroes need no room, but what was preallocated stays so.
+    /// Stores whole blocks, none of them `Data`, through the host's cache, whoever writes: the host's file system then gives
+    /// space to many of them at once, at the next flush, instead of to each while its writer waits. Zeroes need no room, but what was preallocated stays so.
     fn store(&self, span: BlockSpan, buf: &[u8]) -> Result<()> {
         if is_zero(buf) {
             return self.show_zeroes(span);
@@ -135,7 +151,7 @@ impl Blocks {
         let zeroes = || vec![0; to_usize(len)];
         match extent.state {
             BlockState::Zero => Ok(()),
-            BlockState::Data => self.overwrite(offset, &zeroes()),
+            BlockState::Data => self.overwrite(Way::Cached, offset, &zeroes()),
             BlockState::Base if self.base.is_hole(offset, len)? => Ok(()),
             BlockState::Base => self.write_new(extent, offset, &zeroes()),
         }

@@ -35,7 +35,7 @@ use commit::Commits;
 
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::format::{BaseRef, BlockState, LayerId, Superblock};
-use crate::storage::{Latch, Room, Storage};
+use crate::storage::{Latch, Room, Storage, Way};
 use crate::units::{BlockSpan, Geometry};
 
 /// The two files of a layer.
@@ -135,14 +135,43 @@ impl Overlay {
     /// # Errors
     /// [`ErrorKind::OutOfRange`] beyond the end; [`ErrorKind::Io`] if the host's disk fails.
     pub fn read_at(&self, offset: u64, buf: &mut [u8]) -> Result<()> {
+        self.read_by(Way::Cached, offset, buf)
+    }
+
+    /// [`Overlay::read_at`] by `way`. The base is read through the host's cache all the same.
+    ///
+    /// # Errors
+    /// The same.
+    pub fn read_by(&self, way: Way, offset: u64, buf: &mut [u8]) -> Result<()> {
         let geometry = self.geometry();
         geometry.check_range(offset, buf.len() as u64)?;
         let span = geometry.span_touched(offset, buf.len() as u64);
         for extent in self.blocks.map().extents(span) {
             let (at, range) = part_of(geometry, extent.span, offset, buf.len());
-            self.blocks.read_in(extent.state, at, &mut buf[range]).context(|| self.request("read", at))?;
+            self.blocks
+                .read_in(way, extent.state, at, &mut buf[range])
+                .context(|| self.request("read", at))?;
         }
         Ok(())
+    }
+
+    /// [`Overlay::read_by`] without waiting for the host's disk, if that can be: says whether it could. If not, whatever
+    /// `buf` holds means nothing.
+    ///
+    /// # Errors
+    /// The same.
+    pub fn read_now(&self, way: Way, offset: u64, buf: &mut [u8]) -> Result<bool> {
+        let geometry = self.geometry();
+        geometry.check_range(offset, buf.len() as u64)?;
+        let span = geometry.span_touched(offset, buf.len() as u64);
+        for extent in self.blocks.map().extents(span) {
+            let (at, range) = part_of(geometry, extent.span, offset, buf.len());
+            let done = self.blocks.read_now_in(way, extent.state, at, &mut buf[range]);
+            if !done.context(|| self.request("read", at))? {
+                return Ok(false);
+            }
+        }
+        Ok(true)
     }
 
     /// Writes all of `buf` at byte `offset` of the disk, at any alignment. On return it survives the daemon; it
@@ -153,6 +182,28 @@ impl Overlay {
     /// (a part may have been written; no other byte of the disk has changed); [`ErrorKind::Io`] if the host's disk
     /// fails, or has failed to sync.
     pub fn write_at(&self, offset: u64, buf: &[u8]) -> Result<()> {
+        self.write_by(Way::Cached, offset, buf)
+    }
+
+    /// Whether a write of `len` bytes at `offset` by `way` goes to memory alone: an overwrite through the host's cache. It
+    /// may still wait for the host to write back what was written before.
+    pub fn writes_to_memory(&self, way: Way, offset: u64, len: u64) -> bool {
+        let geometry = self.geometry();
+        if geometry.check_range(offset, len).is_err()
+            || way == Way::Direct && self.blocks.data().goes_direct()
+        {
+            return false;
+        }
+        let span = geometry.span_touched(offset, len);
+        let first = self.blocks.map().extent(span.start, span.end);
+        first.state == BlockState::Data && first.span == span
+    }
+
+    /// [`Overlay::write_at`] by `way`. Blocks that are written for the first time travel through the host's cache all the same.
+    ///
+    /// # Errors
+    /// The same.
+    pub fn write_by(&self, way: Way, offset: u64, buf: &[u8]) -> Result<()> {
         self.latch.check()?;
         let geometry = self.geometry();
         geometry.check_range(offset, buf.len() as u64)?;
@@ -163,14 +214,14 @@ impl Overlay {
         let map = self.blocks.map();
         let first = map.extent(span.start, span.end);
         if first.state == BlockState::Data && first.span == span {
-            return self.blocks.overwrite(offset, buf).context(|| self.request("write", offset));
+            return self.blocks.overwrite(way, offset, buf).context(|| self.request("write", offset));
         }
         {
             let _held = self.locks.hold(span);
             for extent in map.extents(span) {
                 let (at, range) = part_of(geometry, extent.span, offset, buf.len());
                 match extent.state {
-                    BlockState::Data => self.blocks.overwrite(at, &buf[range]),
+                    BlockState::Data => self.blocks.overwrite(way, at, &buf[range]),
                     BlockState::Base | BlockState::Zero => self.blocks.write_new(extent, at, &buf[range]),
                 }
                 .context(|| self.request("write", at))?;

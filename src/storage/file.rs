@@ -9,8 +9,9 @@ use std::sync::Arc;
 use rustix::fs::SeekFrom;
 use rustix::io::Errno;
 
+use super::cached::{CachedReads, Found, is_in_memory};
 use super::host::{Host, RealHost};
-use super::{Storage, ends_early, extents};
+use super::{Storage, Way, ends_early, extents};
 use crate::error::{Context, Error, Result};
 
 /// A regular file (or, for what only reads, a block device) of the host. Its position is never used, so threads may
@@ -19,6 +20,9 @@ use crate::error::{Context, Error, Result};
 pub struct FileStorage {
     host: Arc<dyn Host>,
     file: File,
+    /// The same file, opened so that reads and writes go past the host's cache.
+    direct: Option<File>,
+    cached: CachedReads,
     name: String,
 }
 
@@ -30,7 +34,19 @@ impl FileStorage {
 
     /// Takes `file`, and changes it through `host`.
     pub fn on(host: Arc<dyn Host>, file: File, name: impl Into<String>) -> Self {
-        Self { host, file, name: name.into() }
+        Self { host, file, direct: None, cached: CachedReads::default(), name: name.into() }
+    }
+
+    /// Has [`Way::Direct`] go by `direct`, which was opened with O_DIRECT. Another file than this one is not taken.
+    #[must_use]
+    pub fn with_direct(self, direct: Option<File>) -> Self {
+        let same = |direct: &File| match (self.file.metadata(), direct.metadata()) {
+            (Ok(one), Ok(other)) => (one.dev(), one.ino()) == (other.dev(), other.ino()),
+            _ => false,
+        };
+        // A file system in memory takes O_DIRECT and has nothing to go past.
+        let direct = direct.filter(|direct| same(direct) && !is_in_memory(&self.file));
+        Self { direct, ..self }
     }
 
     /// The file itself, for what only reads: metadata, locks, other ways of reading.
@@ -106,6 +122,39 @@ impl Storage for FileStorage {
         match self.read_to_end(offset, buf)? {
             done if done == buf.len() => Ok(()),
             _ => Err(ends_early(&self.name, offset, buf.len(), self.size()?)),
+        }
+    }
+
+    fn goes_direct(&self) -> bool {
+        self.direct.is_some()
+    }
+
+    fn read_by(&self, way: Way, offset: u64, buf: &mut [u8]) -> Result<()> {
+        if let (Way::Direct, Some(direct)) = (way, &self.direct)
+            && rustix::io::retry_on_intr(|| rustix::io::pread(direct, &mut *buf, offset)) == Ok(buf.len())
+        {
+            return Ok(());
+        }
+        // Not aligned enough for the host's disk, or short, or in vain: the other way knows, and says, what is wrong.
+        self.read_exact_at(offset, buf)
+    }
+
+    fn read_now(&self, offset: u64, buf: &mut [u8]) -> Result<bool> {
+        match self.cached.read(&self.file, offset, buf) {
+            Found::All => Ok(true),
+            Found::ReadIt => self.read_exact_at(offset, buf).map(|()| true),
+            Found::NotAll => Ok(false),
+        }
+    }
+
+    fn write_by(&self, way: Way, offset: u64, buf: &[u8]) -> Result<()> {
+        let (Way::Direct, Some(direct)) = (way, &self.direct) else { return self.write_at(offset, buf) };
+        match self.host.write_at(direct.as_fd(), offset, buf) {
+            // Not aligned enough for the host's disk: nothing was written, or a part, which is written again.
+            Err(Errno::INVAL) => self.write_at(offset, buf),
+            result => {
+                result.context(|| format!("write {} bytes directly at {offset} of {}", buf.len(), self.name))
+            }
         }
     }
 
@@ -198,6 +247,52 @@ mod tests {
         assert_eq!(&buf, b"bc\0\0\0\0");
         storage.read_at(1 << 40, &mut buf).expect("read far past the end");
         assert_eq!(buf, [0; 6]);
+    }
+
+    /// A file on a disk, not in memory.
+    fn on_disk() -> (File, File) {
+        let file = tempfile::NamedTempFile::new_in("/var/tmp").expect("a temporary file");
+        let flags = rustix::fs::OFlags::RDWR | rustix::fs::OFlags::DIRECT;
+        let direct = rustix::fs::open(file.path(), flags, rustix::fs::Mode::empty()).expect("open directly");
+        (file.into_file(), direct.into())
+    }
+
+    #[test]
+    fn both_ways_show_the_same_bytes_at_any_alignment() {
+        let (file, direct) = on_disk();
+        let storage = FileStorage::new(file, "test file").with_direct(Some(direct));
+        assert!(storage.goes_direct());
+        storage.set_len(1 << 16).expect("size it");
+        let mut oracle = vec![0; 1 << 16];
+        // Aligned by a page, by a sector and not at all, in memory and in the file.
+        let memory: Vec<u8> = (0..1 << 15).map(|at| u8::try_from(at % 251).expect("small")).collect();
+        for (round, (offset, from, len)) in
+            [(0, 0, 8192), (4096, 512, 4096), (512, 0, 1024), (1, 3, 5000), (4095, 1, 2), (60_000, 7, 5536)]
+                .into_iter()
+                .enumerate()
+        {
+            let way = if round % 2 == 0 { Way::Direct } else { Way::Cached };
+            for way in [way, Way::Direct] {
+                storage.write_by(way, offset as u64, &memory[from..from + len]).expect("write");
+            }
+            oracle[offset..offset + len].copy_from_slice(&memory[from..from + len]);
+            for way in [Way::Cached, Way::Direct] {
+                let mut seen = vec![0; 1 << 16];
+                storage.read_by(way, 0, &mut seen).expect("read");
+                assert_eq!(seen, oracle, "round {round}, {way:?}");
+            }
+        }
+        let error = storage.read_by(Way::Direct, 1 << 16, &mut [0; 512]).expect_err("past the end");
+        assert_eq!(error.kind(), ErrorKind::Io);
+    }
+
+    #[test]
+    fn another_file_is_not_taken_for_the_same_one_opened_directly() {
+        let ((file, _), (_, other)) = (on_disk(), on_disk());
+        let storage = FileStorage::new(file, "test file").with_direct(Some(other));
+        assert!(!storage.goes_direct());
+        storage.write_by(Way::Direct, 0, b"abc").expect("write");
+        assert_eq!(storage.size().expect("stat"), 3);
     }
 
     #[test]

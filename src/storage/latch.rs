@@ -8,7 +8,7 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use super::Storage;
+use super::{Storage, Way};
 use crate::error::{Error, ErrorKind, Result};
 
 /// Shared by all storages of one overlay: once closed, none of them writes.
@@ -82,6 +82,25 @@ impl Storage for LatchedStorage {
 
     fn read_exact_at(&self, offset: u64, buf: &mut [u8]) -> Result<()> {
         self.inner.read_exact_at(offset, buf)
+    }
+
+    fn goes_direct(&self) -> bool {
+        self.inner.goes_direct()
+    }
+
+    fn read_by(&self, way: Way, offset: u64, buf: &mut [u8]) -> Result<()> {
+        self.inner.read_by(way, offset, buf)
+    }
+
+    fn read_now(&self, offset: u64, buf: &mut [u8]) -> Result<bool> {
+        self.inner.read_now(offset, buf)
+    }
+
+    // A direct write that fails says so to its own request: nothing of it stays in the host's cache, where only a sync
+    // would learn of it. So it closes nothing.
+    fn write_by(&self, way: Way, offset: u64, buf: &[u8]) -> Result<()> {
+        self.latch.check()?;
+        self.inner.write_by(way, offset, buf)
     }
 
     fn write_at(&self, offset: u64, buf: &[u8]) -> Result<()> {

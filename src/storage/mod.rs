@@ -5,6 +5,7 @@
 //! lost or torn at 512 bytes until a later [`Storage::sync`] of the same storage has returned; writes that are not
 //! synced reach the disk in any order.
 
+mod cached;
 mod extents;
 mod file;
 mod host;
@@ -23,6 +24,16 @@ pub use io_priority::{IoPriority, Urgency};
 pub use latch::{Latch, LatchedStorage};
 pub use mem::MemStorage;
 pub use room::{HostSpace, Room, Taken};
+
+/// How bytes travel between memory and the host's disk.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Way {
+    /// Through the host's page cache.
+    Cached,
+    /// Past it, where the host's file system and the alignment of the request allow that; else through it. Both ways show
+    /// the same bytes: what is cached of a range is written back before, and forgotten after.
+    Direct,
+}
 
 /// An array of bytes that several threads may read and write at the same time. All offsets and lengths are in bytes,
 /// at any alignment; a length of 0 does nothing.
@@ -47,6 +58,36 @@ pub trait Storage: Send + Sync + Debug {
             Some(wanted) if wanted <= end => self.read_at(offset, buf),
             _ => Err(ends_early("the array", offset, buf.len(), end)),
         }
+    }
+
+    /// Whether [`Way::Direct`] goes past the host's cache, so that every request waits for the host's disk.
+    fn goes_direct(&self) -> bool {
+        false
+    }
+
+    /// [`Storage::read_exact_at`] by `way`.
+    ///
+    /// # Errors
+    /// The same.
+    fn read_by(&self, _way: Way, offset: u64, buf: &mut [u8]) -> Result<()> {
+        self.read_exact_at(offset, buf)
+    }
+
+    /// [`Storage::read_exact_at`] out of memory: says whether it could do so without waiting for the host's disk. If not,
+    /// whatever `buf` holds means nothing, and the host may have begun to fetch what is missing.
+    ///
+    /// # Errors
+    /// The same.
+    fn read_now(&self, offset: u64, buf: &mut [u8]) -> Result<bool> {
+        self.read_exact_at(offset, buf).map(|()| true)
+    }
+
+    /// [`Storage::write_at`] by `way`. Neither makes anything durable.
+    ///
+    /// # Errors
+    /// The same.
+    fn write_by(&self, _way: Way, offset: u64, buf: &[u8]) -> Result<()> {
+        self.write_at(offset, buf)
     }
 
     /// Writes all of `buf` at `offset`; the array grows as needed. After an error any part may have been written.

@@ -8,6 +8,7 @@ use std::time::{Duration, SystemTime};
 
 use super::Store;
 use super::dir::{Access, Dir};
+use super::disk_map::{DiskExtentKind, DiskMap, Extents};
 use super::layout::{DiskPart, disk_file};
 use super::lock::{Share, try_lock};
 use super::names::{DiskName, ObjectName};
@@ -17,7 +18,7 @@ use crate::format::{BaseRef, BlockState, LayerId};
 use crate::overlay::{
     BaseImage, CommitCounts, LayerFiles, MapReader, Overlay, live_map_name, read_superblock,
 };
-use crate::storage::{FileStorage, Storage};
+use crate::storage::{FileStorage, Storage, Way};
 
 /// How often the lock of a disk is tried: a check takes it for an instant to see whether it is free.
 const LOCK_ATTEMPTS: u32 = 10;
@@ -58,43 +59,6 @@ pub struct DiskStatus {
     pub cow: bool,
 }
 
-/// Where the bytes of a part of a disk come from.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub enum DiskExtentKind {
-    /// The disk's own file.
-    Data,
-    /// Zeroes of the disk's own: discarded, or never written in a file without a base.
-    Zero,
-    /// Data of the base.
-    Base,
-    /// Zeroes of the base: a hole in it, or past its end.
-    BaseZero,
-}
-
-/// A part of a disk.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct DiskExtent {
-    /// First byte.
-    pub offset: u64,
-    /// Bytes, at least 1.
-    pub len: u64,
-    /// Where they come from.
-    pub kind: DiskExtentKind,
-}
-
-/// All of a disk, in parts that are as long as they can be, in order and without gaps.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct DiskMap {
-    /// Bytes of the disk.
-    pub size: u64,
-    /// What an overlay is over; `None` for a disk that is no overlay.
-    pub base: Option<BaseRef>,
-    /// Bytes of a block; `None` for a disk that is no overlay.
-    pub block_bytes: Option<u32>,
-    /// The parts.
-    pub extents: Vec<DiskExtent>,
-}
-
 impl Disk {
     /// See [`Overlay::size`].
     pub fn size(&self) -> u64 {
@@ -107,6 +71,38 @@ impl Disk {
     /// The same.
     pub fn read_at(&self, offset: u64, buf: &mut [u8]) -> Result<()> {
         both!(self, disk => disk.read_at(offset, buf))
+    }
+
+    /// See [`Overlay::read_by`].
+    ///
+    /// # Errors
+    /// The same.
+    pub fn read_by(&self, way: Way, offset: u64, buf: &mut [u8]) -> Result<()> {
+        both!(self, disk => disk.read_by(way, offset, buf))
+    }
+
+    /// See [`Overlay::read_now`].
+    ///
+    /// # Errors
+    /// The same.
+    pub fn read_now(&self, way: Way, offset: u64, buf: &mut [u8]) -> Result<bool> {
+        both!(self, disk => disk.read_now(way, offset, buf))
+    }
+
+    /// See [`Overlay::writes_to_memory`].
+    pub fn writes_to_memory(&self, way: Way, offset: u64, len: u64) -> bool {
+        match self {
+            Self::Overlay(overlay) => overlay.writes_to_memory(way, offset, len),
+            Self::Plain(plain) => plain.writes_to_memory(way),
+        }
+    }
+
+    /// See [`Overlay::write_by`].
+    ///
+    /// # Errors
+    /// The same.
+    pub fn write_by(&self, way: Way, offset: u64, buf: &[u8]) -> Result<()> {
+        both!(self, disk => disk.write_by(way, offset, buf))
     }
 
     /// See [`Overlay::write_at`].
@@ -239,7 +235,8 @@ impl Store {
         let name = format!("{instance}/{disk}");
         if folder.has(disk_file(disk, DiskPart::Raw))? {
             let file = self.lock_disk(folder, instance, disk, DiskPart::Raw)?;
-            let storage = Box::new(folder.storage(file, &name));
+            let storage = folder.storage(file, &name);
+            let storage = Box::new(storage.with_direct(folder.open_direct(disk_file(disk, DiskPart::Raw))));
             return Ok(Disk::Plain(PlainDisk::open(&name, storage)?.within(Arc::clone(self.room()?))));
         }
         let map = self.lock_disk(folder, instance, disk, DiskPart::Map)?;
@@ -254,7 +251,8 @@ impl Store {
             }
         };
         let live_map = self.run_dir()?.join(live_map_name(superblock.layer));
-        let data = Box::new(folder.storage(data, format!("data of {name}")));
+        let data = folder.storage(data, format!("data of {name}"));
+        let data = Box::new(data.with_direct(folder.open_direct(disk_file(disk, DiskPart::Data))));
         let files = LayerFiles { data, map: Box::new(map) };
         let open = if self.accept_loss { Overlay::open_accepting_loss } else { Overlay::open };
         let overlay = open(&name, files, base, &live_map)?.within(Arc::clone(self.room()?));
@@ -450,41 +448,4 @@ impl Store {
 
 fn no_such_disk(instance: &ObjectName, disk: DiskName) -> Error {
     Error::new(ErrorKind::NotFound, format!("disk {instance}/{disk}: not found"))
-}
-
-/// Extents that join with their neighbours of the same kind.
-#[derive(Default)]
-struct Extents(Vec<DiskExtent>);
-
-impl Extents {
-    fn add(&mut self, offset: u64, len: u64, kind: DiskExtentKind) {
-        match self.0.last_mut() {
-            Some(last) if last.kind == kind && last.offset + last.len == offset => last.len += len,
-            _ if len > 0 => self.0.push(DiskExtent { offset, len, kind }),
-            _ => {}
-        }
-    }
-
-    /// Adds `from..to` of a file as data and holes.
-    fn add_file(
-        &mut self,
-        next_data: impl Fn(u64) -> Result<Option<u64>>,
-        next_hole: impl Fn(u64) -> Result<u64>,
-        from: u64,
-        to: u64,
-        data_kind: DiskExtentKind,
-        hole_kind: DiskExtentKind,
-    ) -> Result<()> {
-        let mut at = from;
-        while at < to {
-            let data = next_data(at)?.unwrap_or(to).clamp(at, to);
-            self.add(at, data - at, hole_kind);
-            // A file that changes meanwhile may answer its own argument; then the rest counts as data.
-            let hole = if data < to { next_hole(data)?.min(to) } else { to };
-            let hole = if hole > data { hole } else { to };
-            self.add(data, hole - data, data_kind);
-            at = hole;
-        }
-        Ok(())
-    }
 }

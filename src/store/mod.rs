@@ -19,6 +19,7 @@ mod convert;
 mod copy;
 mod dir;
 mod disk;
+mod disk_map;
 mod flavors;
 pub mod foreign;
 mod hex;
@@ -47,7 +48,8 @@ pub use attrs::{Attributes, FileRef, XATTR_NAME_BYTES_MAX, XATTR_VALUE_BYTES_MAX
 pub use check::{
     CheckReport, CheckRequest, CheckTarget, SCRUB_RATE_DEFAULT, SCRUB_RATE_MIN, ScrubReport, ScrubRequest,
 };
-pub use disk::{Disk, DiskExtent, DiskExtentKind, DiskMap, DiskStatus};
+pub use disk::{Disk, DiskStatus};
+pub use disk_map::{DiskExtent, DiskExtentKind, DiskMap};
 pub use flavors::{Flavor, FlavorFs, FlavorSpec, LOCAL_LABEL};
 pub use foreign::SourceFormat;
 pub use images::{Image, ImportRequest};

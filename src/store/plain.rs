@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use parking_lot::Mutex;
 
 use crate::error::{Context, Error, ErrorKind, Result};
-use crate::storage::{Latch, LatchedStorage, Room, Storage, Taken};
+use crate::storage::{Latch, LatchedStorage, Room, Storage, Taken, Way};
 use crate::units::check_disk_bytes;
 
 /// Bytes that a host filesystem gives to a file at least.
@@ -79,8 +79,33 @@ impl PlainDisk {
     /// # Errors
     /// [`ErrorKind::OutOfRange`] beyond the end; [`ErrorKind::Io`] if somebody has cut the file; those of the host.
     pub fn read_at(&self, offset: u64, buf: &mut [u8]) -> Result<()> {
+        self.read_by(Way::Cached, offset, buf)
+    }
+
+    /// [`PlainDisk::read_at`] by `way`.
+    ///
+    /// # Errors
+    /// The same.
+    pub fn read_by(&self, way: Way, offset: u64, buf: &mut [u8]) -> Result<()> {
         self.check_range(offset, buf.len() as u64)?;
-        self.storage.read_exact_at(offset, buf)
+        self.storage.read_by(way, offset, buf)
+    }
+
+    /// See [`crate::overlay::Overlay::read_now`].
+    ///
+    /// # Errors
+    /// Those of [`PlainDisk::read_at`].
+    pub fn read_now(&self, way: Way, offset: u64, buf: &mut [u8]) -> Result<bool> {
+        self.check_range(offset, buf.len() as u64)?;
+        if way == Way::Direct && self.storage.goes_direct() {
+            return Ok(false);
+        }
+        self.storage.read_now(offset, buf)
+    }
+
+    /// See [`crate::overlay::Overlay::writes_to_memory`]; here the host alone knows what is an overwrite.
+    pub fn writes_to_memory(&self, way: Way) -> bool {
+        way == Way::Cached || !self.storage.goes_direct()
     }
 
     /// Writes all of `buf` at `offset`; survives the host after a later [`PlainDisk::flush`].
@@ -89,11 +114,19 @@ impl PlainDisk {
     /// [`ErrorKind::OutOfRange`] beyond the end (nothing is written then); [`ErrorKind::NoSpace`]; [`ErrorKind::Io`]
     /// if the host's disk fails, or has failed to sync.
     pub fn write_at(&self, offset: u64, buf: &[u8]) -> Result<()> {
+        self.write_by(Way::Cached, offset, buf)
+    }
+
+    /// [`PlainDisk::write_at`] by `way`.
+    ///
+    /// # Errors
+    /// The same.
+    pub fn write_by(&self, way: Way, offset: u64, buf: &[u8]) -> Result<()> {
         let len = buf.len() as u64;
         self.latch.check()?;
         self.check_range(offset, len)?;
         let _taken = self.take_room(offset, len)?;
-        self.storage.write_at(offset, buf)
+        self.storage.write_by(way, offset, buf)
     }
 
     /// Makes `len` bytes at `offset` zeroes and gives their space back to the host.

@@ -8,6 +8,7 @@ mod about;
 pub mod dev_fuse;
 mod fuser;
 pub mod mount;
+mod scratch;
 mod slow_lane;
 
 use std::fmt;

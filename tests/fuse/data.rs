@@ -172,6 +172,41 @@ fn threads_that_share_a_block_do_not_overwrite_each_other() {
     }
 }
 
+/// The bytes of one travel through the host's page cache and those of the other past it: a page that was read for one must
+/// not be written back over what the other has written since.
+#[test]
+fn direct_and_buffered_writers_of_one_page_do_not_overwrite_each_other() {
+    const ROUNDS: u8 = 12;
+    const BLOCKS: u64 = 32;
+    let mount = TestMount::new();
+    for path in [mount.disk(), mount.local()] {
+        let files = [open(&path), open_with(&path, libc::O_DIRECT).unwrap()];
+        for round in 0..ROUNDS {
+            std::thread::scope(|scope| {
+                for sector in 0..8u64 {
+                    let file = &files[sector as usize % 2];
+                    scope.spawn(move || {
+                        let data = Aligned::filled(512, round * 8 + sector as u8 + 1);
+                        for block in 0..BLOCKS {
+                            file.write_all_at(&data, block * 4096 + sector * 512).unwrap();
+                        }
+                    });
+                }
+                scope.spawn(|| files[0].sync_data().unwrap());
+            });
+            for file in &files {
+                let mut bytes = Aligned::new(BLOCKS as usize * 4096);
+                file.read_exact_at(&mut bytes, 0).unwrap();
+                for (sector, bytes) in bytes.chunks(512).enumerate() {
+                    let expected = round * 8 + (sector % 8) as u8 + 1;
+                    assert!(bytes.iter().all(|byte| *byte == expected), "round {round} sector {sector}");
+                }
+            }
+        }
+        files[0].sync_all().unwrap();
+    }
+}
+
 #[test]
 fn direct_io_works_at_512_bytes() {
     let mount = TestMount::new();

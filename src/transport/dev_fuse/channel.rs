@@ -3,7 +3,7 @@
 //! An answer must be written to the descriptor from which its request was read.
 
 use std::io::{self, IoSlice};
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
 use rustix::io::Errno as Os;
 use zerocopy::IntoBytes;
@@ -20,11 +20,19 @@ pub struct Channel {
     fd: OwnedFd,
 }
 
+impl AsFd for Channel {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.fd.as_fd()
+    }
+}
+
 /// What reading a request came to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Received {
     /// So many bytes of a request.
     Bytes(usize),
+    /// There is none now, and this descriptor does not wait.
+    Nothing,
     /// The mount has gone away.
     Ended,
 }
@@ -35,14 +43,15 @@ impl Channel {
         Self { fd }
     }
 
-    /// Another descriptor of the same connection. Requests read from it have a queue of their own, so that threads with
-    /// descriptors of their own do not wait for each other.
+    /// Another descriptor of the same connection, reading from which does not wait. Requests read from it have a queue of
+    /// their own, so that threads with descriptors of their own do not wait for each other.
     ///
     /// # Errors
     /// Those of the kernel.
     pub fn clone_connection(&self) -> Result<Self> {
         let fd = mount::open_device()?;
         control::clone_connection(self.fd.as_fd(), fd.as_fd()).context(|| "clone /dev/fuse")?;
+        rustix::io::ioctl_fionbio(&fd, true).context(|| "have /dev/fuse not wait")?;
         Ok(Self { fd })
     }
 
@@ -56,6 +65,7 @@ impl Channel {
                 Ok(count) => Ok(Received::Bytes(count)),
                 // ENOENT: the request was taken back between being announced and being read.
                 Err(Os::INTR | Os::NOENT) => continue,
+                Err(Os::AGAIN) => Ok(Received::Nothing),
                 Err(Os::NODEV) => Ok(Received::Ended),
                 Err(errno) => Err(errno.into()),
             };

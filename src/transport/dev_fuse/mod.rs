@@ -1,28 +1,40 @@
 //! A transport of our own on `/dev/fuse`.
 //!
 //! `wire.rs` has the kernel's structures, `request.rs` understands what it sends, `serve.rs` does it and answers,
-//! `channel.rs` moves the bytes. Each thread has a descriptor of its own, from which it reads requests and to which they
-//! are answered. What may wait for a sync of the host's disk goes to the slow lane.
+//! `channel.rs` moves the bytes, `readers.rs` are the threads that read requests. Each has a descriptor of its own, from
+//! which it reads and to which its requests are answered, by whomever.
+//!
+//! A reader does itself what memory answers: reads of what the host has cached, overwrites through the host's cache, names
+//! and attributes. Reads and writes that wait for the host's disk go to the threads of the disk lane, with their buffers
+//! and without a copy; what may wait for a sync goes to those of the slow lane.
+//!
+//! These are threads and blocking calls, and no io_uring, for two reasons. A process that is killed has not ended before
+//! its blocking writes have, so none can land after a newer one of its successor; writes that a ring has in flight can. And
+//! the daemon's filter of system calls could not see what a ring does. 16 blocking threads reach the host's disk's own speed.
+//!
+//! A read that was put off finds the map of *then*. Of a block that was written in between it shows the new bytes or, if
+//! the write has not been answered yet, either: just what a read that arrived then would show.
 
 mod answers;
+mod buffers;
 mod channel;
 mod control;
 mod init;
+mod readers;
 pub mod request;
 mod serve;
 pub mod wire;
 
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
-use std::thread::JoinHandle;
 
 use zerocopy::IntoBytes;
 
+use buffers::RequestBuffer;
 use channel::{Channel, Received};
-use init::REQUEST_BYTES_MAX;
+use readers::Readers;
 use request::{Operation, Request, parse};
 use serve::Server;
-use wire::WRITE_HEAD_BYTES;
 
 use super::mount;
 use super::slow_lane::SlowLane;
@@ -32,13 +44,13 @@ use crate::fs::Fs;
 /// Threads for requests that wait for the host's disk.
 const SLOW_THREADS: usize = 16;
 
-/// Alignment of what is read and written, in bytes.
-const PAGE: usize = 4096;
+/// Threads for reads and writes that wait for the host's disk. One file has at most half of them.
+const DISK_THREADS: usize = 32;
 
 /// A session of the kernel with the filesystem; ends when the mount goes away.
 #[derive(Debug)]
 pub struct DevFuseSession {
-    readers: Vec<JoinHandle<Result<()>>>,
+    readers: Readers,
 }
 
 impl DevFuseSession {
@@ -50,7 +62,8 @@ impl DevFuseSession {
     pub fn start(device: OwnedFd, fs: Arc<Fs>, threads: usize) -> Result<Self> {
         let first = Channel::new(device);
         begin(&first)?;
-        let server = Arc::new(Server::new(fs, SlowLane::start(SLOW_THREADS)?));
+        let server =
+            Arc::new(Server::new(fs, SlowLane::start(SLOW_THREADS)?, SlowLane::start(DISK_THREADS)?));
         let first = Arc::new(first);
         // A daemon that has become an ordinary user may not be allowed to open the device again; the threads then share
         // the one descriptor.
@@ -59,15 +72,7 @@ impl DevFuseSession {
         for _ in 1..threads {
             channels.push(if may_clone { Arc::new(first.clone_connection()?) } else { Arc::clone(&first) });
         }
-        let mut readers = Vec::new();
-        for (number, channel) in channels.into_iter().enumerate() {
-            let server = Arc::clone(&server);
-            let thread = std::thread::Builder::new()
-                .name(format!("fuse-{number}"))
-                .spawn(move || read_requests(&channel, &server));
-            readers.push(thread.context(|| "start a thread of the session")?);
-        }
-        Ok(Self { readers })
+        Ok(Self { readers: Readers::start(channels, server)? })
     }
 
     /// Waits until the mount has gone away and every request is answered.
@@ -75,32 +80,7 @@ impl DevFuseSession {
     /// # Errors
     /// If a thread ended before that.
     pub fn wait(self) -> Result<()> {
-        let mut result = Ok(());
-        for reader in self.readers {
-            let ended = reader.join().unwrap_or_else(|_told| {
-                Err(Error::new(ErrorKind::Io, "a thread of the session panicked, which is a bug in cowdisk"))
-            });
-            result = result.and(ended);
-        }
-        result.context(|| "answer the kernel's requests")
-    }
-}
-
-/// Memory for one request, placed so that the payload of a WRITE is aligned to a page.
-struct RequestBuffer(Vec<u8>);
-
-impl RequestBuffer {
-    fn new() -> Self {
-        let payload = usize::try_from(REQUEST_BYTES_MAX).expect("1 MiB");
-        Self(vec![0; 2 * PAGE + payload])
-    }
-
-    fn bytes(&mut self) -> &mut [u8] {
-        let page = self.0.as_ptr().align_offset(PAGE);
-        // The first page border with room for the head of a WRITE before it.
-        let payload = if page >= WRITE_HEAD_BYTES { page } else { page + PAGE };
-        let end = payload + usize::try_from(REQUEST_BYTES_MAX).expect("1 MiB");
-        &mut self.0[payload - WRITE_HEAD_BYTES..end]
+        self.readers.wait()
     }
 }
 
@@ -121,20 +101,5 @@ fn begin(channel: &Channel) -> Result<()> {
             return Ok(());
         }
         channel.answer(header.unique, &[init::our_version().as_bytes()]);
-    }
-}
-
-/// Reads requests and does them until the mount goes away.
-fn read_requests(channel: &Arc<Channel>, server: &Server) -> Result<()> {
-    let mut buffer = RequestBuffer::new();
-    let mut scratch = RequestBuffer::new();
-    loop {
-        let bytes = buffer.bytes();
-        match channel.receive(bytes).context(|| "read a request")? {
-            Received::Bytes(count) => {
-                server.serve(channel, &bytes[..count], &mut scratch.bytes()[WRITE_HEAD_BYTES..]);
-            }
-            Received::Ended => return Ok(()),
-        }
     }
 }

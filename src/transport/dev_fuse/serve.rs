@@ -5,25 +5,66 @@ use std::sync::Arc;
 use zerocopy::IntoBytes;
 
 use super::answers::{self, Names};
+use super::buffers::{RequestBuffer, SpareBuffers};
 use super::channel::{Channel, Reply};
+use super::init::REQUEST_BYTES_MAX;
 use super::request::{Malformed, Operation, Request, forgets, parse};
 use super::wire::{
     FallocateIn, GetxattrOut, IoctlIn, IoctlOut, LseekIn, LseekOut, OpenIn, OpenOut, ReadIn, ReleaseIn,
     SetattrIn, WRITE_CACHE, WriteIn, WriteOut, open_flag,
 };
 use crate::fs::{Errno, Fs, HandleId, NumberedEntry, OpenMode, Outcome};
+use crate::storage::Way;
 use crate::transport::about::{About, guarded};
+use crate::transport::scratch::with_buffer;
 use crate::transport::slow_lane::SlowLane;
 
 /// Every open file bypasses the kernel's page cache (one copy of a base serves all, and each request goes to the disk
 /// that it names), writes to different places go side by side, and a close asks nobody.
 const FILE_FLAGS: u32 = open_flag::DIRECT_IO | open_flag::PARALLEL_DIRECT_WRITES | open_flag::NOFLUSH;
 
+/// Writes whose payload waits for the disk lane or is being written by it. Beyond them the thread that reads a write does
+/// it itself, so that no more is taken on than can be done.
+const WRITES_UNDER_WAY: usize = 32;
+
 /// Answers requests. Shared by all threads that read them.
 #[derive(Debug)]
 pub struct Server {
     fs: Arc<Fs>,
+    /// What may wait for a sync.
     slow: SlowLane,
+    /// Reads and writes that wait for the host's disk.
+    disk: SlowLane,
+    spare: Arc<SpareBuffers>,
+}
+
+/// A write, but for its bytes.
+#[derive(Clone, Copy)]
+struct Write {
+    ino: u64,
+    handle: HandleId,
+    offset: u64,
+    len: u32,
+    /// It must be aligned, as the file was opened with O_DIRECT.
+    direct: bool,
+    way: Way,
+    /// It is to be durable when it is answered.
+    durable: bool,
+}
+
+impl Write {
+    fn execute(&self, fs: &Fs, buffer: &RequestBuffer) -> Outcome<()> {
+        let payload = buffer.payload(usize::try_from(self.len).expect("no longer than the request was"));
+        fs.write(self.handle, self.offset, payload, self.direct, self.way)
+    }
+
+    fn about(&self) -> About {
+        About::range("write", self.ino, self.offset, self.len.into())
+    }
+
+    fn done(&self, reply: Reply) {
+        reply.answer(&[WriteOut { size: self.len, padding: 0 }.as_bytes()]);
+    }
 }
 
 /// Answers with what `send` makes of an outcome, or with its errno.
@@ -39,20 +80,31 @@ fn done(reply: Reply, (): ()) {
 }
 
 impl Server {
-    /// A server of `fs`, with threads in `slow` for what waits for the host's disk.
-    pub fn new(fs: Arc<Fs>, slow: SlowLane) -> Self {
-        Self { fs, slow }
+    /// A server of `fs`, with threads in `slow` for what may wait for a sync, and in `disk` for reads and writes that wait
+    /// for the host's disk.
+    pub fn new(fs: Arc<Fs>, slow: SlowLane, disk: SlowLane) -> Self {
+        Self { fs, slow, disk, spare: Arc::new(SpareBuffers::new(WRITES_UNDER_WAY)) }
     }
 
-    /// Does the request of which `bytes` are all bytes, and answers it to `channel`, now or later. `scratch` is where
-    /// data are read into; it is as long as the largest read.
-    pub fn serve(&self, channel: &Arc<Channel>, bytes: &[u8], scratch: &mut [u8]) {
+    /// Does the request that is the first `count` bytes of `buffer`, and answers it to `channel`, now or later. Another
+    /// buffer may have taken the place of this one afterwards. `scratch` is where data are read into; it is as long as the
+    /// largest read.
+    pub fn serve(
+        &self,
+        channel: &Arc<Channel>,
+        count: usize,
+        buffer: &mut RequestBuffer,
+        scratch: &mut [u8],
+    ) {
+        let bytes = &buffer.bytes()[..count];
         match parse(bytes) {
             Ok(Request { header, operation }) => {
                 let (ino, unique) = (header.nodeid, header.unique);
                 match operation {
                     Operation::Read(arguments) => self.read(channel, unique, ino, &arguments, scratch),
-                    Operation::Write(arguments, data) => self.write(channel, unique, ino, &arguments, data),
+                    Operation::Write(arguments, _payload) => {
+                        self.write(Reply::new(Arc::clone(channel), unique), ino, &arguments, buffer);
+                    }
                     Operation::Forget(lookups) => self.fs.forget(ino, lookups),
                     Operation::BatchForget(all) => {
                         forgets(all).for_each(|one| self.fs.forget(one.nodeid, one.nlookup));
@@ -70,38 +122,69 @@ impl Server {
         }
     }
 
-    fn read(&self, channel: &Channel, unique: u64, ino: u64, arguments: &ReadIn, scratch: &mut [u8]) {
+    fn read(&self, channel: &Arc<Channel>, unique: u64, ino: u64, arguments: &ReadIn, scratch: &mut [u8]) {
         log::debug!("READ ino {ino} offset {} size {}", arguments.offset, arguments.size);
-        let direct = arguments.flags.cast_signed() & libc::O_DIRECT != 0;
-        let len = usize::try_from(arguments.size).unwrap_or(usize::MAX).min(scratch.len());
-        let buffer = &mut scratch[..len];
-        match guarded(|| self.fs.read(HandleId(arguments.fh), arguments.offset, buffer, direct)) {
-            Ok(count) => channel.answer(unique, &[&buffer[..count]]),
-            Err(failure) => {
-                let about = About::range("read", ino, arguments.offset, arguments.size.into());
-                channel.refuse(unique, about.failed(&failure));
+        let ReadIn { offset, size, .. } = *arguments;
+        let (handle, direct) = (HandleId(arguments.fh), is_direct(arguments.flags));
+        let way = if direct { Way::Direct } else { Way::Cached };
+        let size = size.min(REQUEST_BYTES_MAX);
+        let buffer = &mut scratch[..usize::try_from(size).expect("1 MiB")];
+        let about = About::range("read", ino, offset, size.into());
+        match guarded(|| self.fs.read_now(handle, offset, buffer, direct, way)) {
+            Ok(Some(count)) => channel.answer(unique, &[&buffer[..count]]),
+            Err(failure) => channel.refuse(unique, about.failed(&failure)),
+            Ok(None) => {
+                let (fs, reply) = (Arc::clone(&self.fs), Reply::new(Arc::clone(channel), unique));
+                self.disk.run(ino, move || {
+                    with_buffer(size, |buffer| {
+                        let outcome = guarded(|| fs.read(handle, offset, buffer, direct, way));
+                        respond(reply, about, outcome, |reply, count: usize| {
+                            reply.answer(&[&buffer[..count]])
+                        });
+                    });
+                });
             }
         }
     }
 
-    fn write(&self, channel: &Arc<Channel>, unique: u64, ino: u64, arguments: &WriteIn, data: &[u8]) {
+    /// Writes the payload in `buffer`.
+    fn write(&self, reply: Reply, ino: u64, arguments: &WriteIn, buffer: &mut RequestBuffer) {
         log::debug!("WRITE ino {ino} offset {} size {}", arguments.offset, arguments.size);
-        let (handle, flags) = (HandleId(arguments.fh), arguments.flags.cast_signed());
         // A page of a mapping is written in the name of some open file, whose flags say nothing about it.
-        let cached = arguments.write_flags & WRITE_CACHE != 0;
-        let direct = !cached && flags & libc::O_DIRECT != 0;
-        let written = WriteOut { size: arguments.size, padding: 0 };
-        let about = About::range("write", ino, arguments.offset, data.len() as u64);
-        match guarded(|| self.fs.write(handle, arguments.offset, data, direct)) {
-            Err(failure) => channel.refuse(unique, about.failed(&failure)),
-            Ok(()) if flags & libc::O_DSYNC == 0 => channel.answer(unique, &[written.as_bytes()]),
-            // Written here, so that no copy of the data waits in a queue; only the sync is waited for elsewhere.
-            Ok(()) => {
-                let (fs, reply) = (Arc::clone(&self.fs), Reply::new(Arc::clone(channel), unique));
-                self.slow.run(ino, move || {
-                    respond(reply, about, guarded(|| fs.sync(handle)), |reply, ()| {
-                        reply.answer(&[written.as_bytes()]);
+        let direct = arguments.write_flags & WRITE_CACHE == 0 && is_direct(arguments.flags);
+        let write = Write {
+            ino,
+            handle: HandleId(arguments.fh),
+            offset: arguments.offset,
+            len: arguments.size,
+            direct,
+            way: if direct { Way::Direct } else { Way::Cached },
+            durable: arguments.flags.cast_signed() & libc::O_DSYNC != 0,
+        };
+        let now = self.fs.writes_to_memory(write.handle, write.offset, write.len.into(), write.way);
+        match if now { None } else { self.spare.take() } {
+            Some(spare) => {
+                let buffer = std::mem::replace(buffer, spare);
+                let (fs, spare) = (Arc::clone(&self.fs), Arc::clone(&self.spare));
+                self.disk.run(ino, move || {
+                    let outcome = guarded(|| {
+                        write.execute(&fs, &buffer)?;
+                        if write.durable { fs.sync(write.handle) } else { Ok(()) }
                     });
+                    respond(reply, write.about(), outcome, |reply, ()| write.done(reply));
+                    spare.put(buffer);
+                });
+            }
+            None => {
+                let outcome = guarded(|| write.execute(&self.fs, buffer));
+                if !write.durable || outcome.is_err() {
+                    return respond(reply, write.about(), outcome, |reply, ()| write.done(reply));
+                }
+                // Only the sync is waited for elsewhere.
+                let fs = Arc::clone(&self.fs);
+                self.slow.run(ino, move || {
+                    let outcome = guarded(|| fs.sync(write.handle));
+                    respond(reply, write.about(), outcome, |reply, ()| write.done(reply));
                 });
             }
         }
@@ -274,4 +357,9 @@ fn answer_xattr(reply: Reply, about: About, size: u32, outcome: Outcome<Vec<u8>>
         Ok(len) if len <= size => reply.answer(&[&value]),
         _ => reply.refuse(about.failed(&Errno::RANGE.into())),
     });
+}
+
+/// Whether whoever opened the file did so with O_DIRECT.
+fn is_direct(flags: u32) -> bool {
+    flags.cast_signed() & libc::O_DIRECT != 0
 }

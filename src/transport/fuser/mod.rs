@@ -3,7 +3,6 @@
 //! A request that only touches memory and the data of a disk is answered by the thread that read it; one that may wait
 //! for a sync of the host's disk (open, release, fsync, a durable write) goes to the slow lane, `slow_lane.rs`.
 
-mod buffer;
 mod convert;
 mod init;
 mod requests;

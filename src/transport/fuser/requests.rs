@@ -13,12 +13,13 @@ use fuser::{
 };
 
 use super::Server;
-use super::buffer::with_buffer;
 use super::convert::{GENERATION, file_flags, to_file_type, to_kernel, to_set_time};
 use crate::fs::{
     AttributeChanges, Attributes, Errno, HandleId, NumberedEntry, OpenMode, Outcome, Statistics,
 };
+use crate::storage::Way;
 use crate::transport::about::{About, guarded};
+use crate::transport::scratch::with_buffer;
 
 fn about(operation: &'static str, ino: INodeNo) -> About {
     About::new(operation, ino.0)
@@ -145,9 +146,14 @@ impl fuser::Filesystem for Server {
         let about = about_range("read", ino, offset, size.into());
         let direct = flags.0 & libc::O_DIRECT != 0;
         with_buffer(size, |buffer| {
-            answer!(about, reply, self.fs.read(HandleId(handle.0), offset, buffer, direct), |read: usize| {
-                reply.data(&buffer[..read]);
-            });
+            answer!(
+                about,
+                reply,
+                self.fs.read(HandleId(handle.0), offset, buffer, direct, Way::Cached),
+                |read: usize| {
+                    reply.data(&buffer[..read]);
+                }
+            );
         });
     }
 
@@ -170,7 +176,7 @@ impl fuser::Filesystem for Server {
         let direct = !cached && flags.0 & libc::O_DIRECT != 0;
         let durable = flags.0 & libc::O_DSYNC != 0;
         let written = u32::try_from(data.len()).unwrap_or(u32::MAX);
-        let outcome = guarded(|| self.fs.write(handle, offset, data, direct));
+        let outcome = guarded(|| self.fs.write(handle, offset, data, direct, Way::Cached));
         if !durable || outcome.is_err() {
             return answer!(about, reply, outcome, |()| reply.written(written));
         }

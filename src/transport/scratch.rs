@@ -11,7 +11,7 @@ thread_local! {
 }
 
 /// Calls `work` with `len` bytes of this thread's buffer, aligned to [`BUFFER_ALIGNMENT`].
-pub(super) fn with_buffer<R>(len: u32, work: impl FnOnce(&mut [u8]) -> R) -> R {
+pub fn with_buffer<R>(len: u32, work: impl FnOnce(&mut [u8]) -> R) -> R {
     let len = usize::try_from(len).expect("a length of 32 bits fits an address");
     BUFFER.with_borrow_mut(|buffer| {
         if buffer.len() < len + BUFFER_ALIGNMENT {

@@ -19,6 +19,7 @@ mod convert;
 mod copy;
 mod dir;
 mod disk;
+mod disk_map;
 mod flavors;
 pub mod foreign;
 mod hex;
@@ -27,6 +28,7 @@ mod images;
 mod instances;
 mod layout;
 mod lock;
+mod marks;
 mod names;
 mod plain;
 mod progress;
@@ -47,7 +49,8 @@ pub use attrs::{Attributes, FileRef, XATTR_NAME_BYTES_MAX, XATTR_VALUE_BYTES_MAX
 pub use check::{
     CheckReport, CheckRequest, CheckTarget, SCRUB_RATE_DEFAULT, SCRUB_RATE_MIN, ScrubReport, ScrubRequest,
 };
-pub use disk::{Disk, DiskExtent, DiskExtentKind, DiskMap, DiskStatus};
+pub use disk::{Disk, DiskStatus};
+pub use disk_map::{DiskExtent, DiskExtentKind, DiskMap};
 pub use flavors::{Flavor, FlavorFs, FlavorSpec, LOCAL_LABEL};
 pub use foreign::SourceFormat;
 pub use images::{Image, ImportRequest};
@@ -77,6 +80,8 @@ pub struct Store {
     superblock_fault: Option<Error>,
     run_dir_wanted: Option<PathBuf>,
     accept_loss: bool,
+    /// Whether this process is one of the daemon that serves the store.
+    in_service: bool,
     space_policy: Option<SpacePolicy>,
     /// Made when it is first needed.
     room: OnceLock<Arc<Room>>,
@@ -171,6 +176,7 @@ impl Store {
             superblock_fault,
             run_dir_wanted: None,
             accept_loss: false,
+            in_service: false,
             space_policy: None,
             room: OnceLock::new(),
             bases: open(layout::BASES)?,

@@ -1,30 +1,28 @@
 //! A transport of our own on `/dev/fuse`.
 //!
 //! `wire.rs` has the kernel's structures, `request.rs` understands what it sends, `serve.rs` does it and answers,
-//! `channel.rs` moves the bytes. Each thread has a descriptor of its own, from which it reads requests and to which they
+//! `channel.rs` moves the bytes, `connection.rs` is what outlives the process that serves. Each thread has a descriptor of its own, from which it reads requests and to which they
 //! are answered. What may wait for a sync of the host's disk goes to the slow lane.
 
 mod answers;
 mod channel;
+mod connection;
 mod control;
 mod init;
 pub mod request;
 mod serve;
 pub mod wire;
 
-use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::thread::JoinHandle;
 
-use zerocopy::IntoBytes;
+pub use connection::Connection;
 
 use channel::{Channel, Received};
 use init::REQUEST_BYTES_MAX;
-use request::{Operation, Request, parse};
 use serve::Server;
 use wire::WRITE_HEAD_BYTES;
 
-use super::mount;
 use super::slow_lane::SlowLane;
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::fs::Fs;
@@ -42,25 +40,20 @@ pub struct DevFuseSession {
 }
 
 impl DevFuseSession {
-    /// Answers the kernel's INIT on a descriptor that has just been mounted and starts `threads` threads, at least 1.
-    /// Requests are answered when this returns.
+    /// Starts `threads` threads on the descriptors of `connection`, at least one on each. Requests are answered when this returns, and those that an
+    /// earlier process left unanswered are sent again if `resend` says so.
     ///
     /// # Errors
-    /// If the kernel speaks no version of the protocol that we do.
-    pub fn start(device: OwnedFd, fs: Arc<Fs>, threads: usize) -> Result<Self> {
-        let first = Channel::new(device);
-        begin(&first)?;
+    /// Those of the host.
+    pub fn start(connection: Connection, fs: Arc<Fs>, threads: usize, resend: bool) -> Result<Self> {
         let server = Arc::new(Server::new(fs, SlowLane::start(SLOW_THREADS)?));
-        let first = Arc::new(first);
-        // A daemon that has become an ordinary user may not be allowed to open the device again; the threads then share
-        // the one descriptor.
-        let may_clone = mount::may_open_device();
-        let mut channels = vec![Arc::clone(&first)];
-        for _ in 1..threads {
-            channels.push(if may_clone { Arc::new(first.clone_connection()?) } else { Arc::clone(&first) });
+        if resend {
+            connection.resend()?;
         }
         let mut readers = Vec::new();
-        for (number, channel) in channels.into_iter().enumerate() {
+        let channels: Vec<_> = connection.into_channels().map(Arc::new).collect();
+        for number in 0..threads.max(channels.len()) {
+            let channel = Arc::clone(&channels[number % channels.len()]);
             let server = Arc::clone(&server);
             let thread = std::thread::Builder::new()
                 .name(format!("fuse-{number}"))
@@ -92,7 +85,9 @@ struct RequestBuffer(Vec<u8>);
 impl RequestBuffer {
     fn new() -> Self {
         let payload = usize::try_from(REQUEST_BYTES_MAX).expect("1 MiB");
-        Self(vec![0; 2 * PAGE + payload])
+        // Not zeroes, so that every page is there: a process that is killed while the kernel copies a request into a page that
+        // still has to be found would cost that request an EIO.
+        Self(vec![1; 2 * PAGE + payload])
     }
 
     fn bytes(&mut self) -> &mut [u8] {
@@ -101,26 +96,6 @@ impl RequestBuffer {
         let payload = if page >= WRITE_HEAD_BYTES { page } else { page + PAGE };
         let end = payload + usize::try_from(REQUEST_BYTES_MAX).expect("1 MiB");
         &mut self.0[payload - WRITE_HEAD_BYTES..end]
-    }
-}
-
-/// Answers the kernel's INIT.
-fn begin(channel: &Channel) -> Result<()> {
-    let what = || "begin the session with the kernel";
-    let mut buffer = RequestBuffer::new();
-    loop {
-        let bytes = buffer.bytes();
-        let Received::Bytes(count) = channel.receive(bytes).context(what)? else {
-            return Err(Error::new(ErrorKind::Io, format!("{}: it has ended", what())));
-        };
-        let Ok(Request { header, operation: Operation::Init(offer, flags2) }) = parse(&bytes[..count]) else {
-            return Err(Error::new(ErrorKind::Io, format!("{}: it did not begin with INIT", what())));
-        };
-        if let Some(answer) = init::negotiate(&offer, flags2).context(what)? {
-            channel.answer(header.unique, &[answer.as_bytes()]);
-            return Ok(());
-        }
-        channel.answer(header.unique, &[init::our_version().as_bytes()]);
     }
 }
 

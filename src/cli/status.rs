@@ -55,6 +55,7 @@ fn show(session: &mut Session, status: &Status) -> Result<()> {
         ("store", status.store.display().to_string()),
         ("mounted on", status.mountpoint.display().to_string()),
         ("daemon", format!("process {}, cowdisk {}", status.pid, status.version)),
+        ("keeper", keeper(status)),
         ("since", status.started.to_string()),
         ("options", status.options.clone()),
         ("transport", status.transport.clone()),
@@ -68,6 +69,15 @@ fn show(session: &mut Session, status: &Status) -> Result<()> {
     let rows: Vec<Vec<String>> = status.disks.iter().map(row).collect();
     session.output.line("")?;
     session.output.table(&["DISK", "STATE", "SIZE", "HANDLES", "UNCOMMITTED", "REASON"], &[2, 3, 4], &rows)
+}
+
+fn keeper(status: &Status) -> String {
+    let Some(keeper) = &status.keeper else {
+        return "none: if the daemon dies, the mount is cut off".to_owned();
+    };
+    let last =
+        keeper.last_end.as_ref().map(|last| format!(", the last time after: {last}")).unwrap_or_default();
+    format!("process {}, replaced the daemon {} times{last}", keeper.pid, keeper.restarts)
 }
 
 fn row(disk: &DiskStatus) -> Vec<String> {

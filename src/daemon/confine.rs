@@ -20,10 +20,26 @@ const OOM_FILE: &str = "/proc/self/oom_score_adj";
 /// Highest capability number tried; the kernel ends the list before it.
 const CAPABILITIES_MAX: u32 = 63;
 
-/// Confines the calling thread and those that it starts; no other thread may be there that serves. What is kept is
-/// the capability to take the mount at `mountpoint` away, where this process has it, and it is not in effect: see
-/// [`super::unmounter`].
-pub(super) fn confine(mountpoint: &Path) {
+/// What a process is to a mount, which decides what it keeps.
+#[derive(Clone, Copy, Debug)]
+pub(super) enum Role<'a> {
+    /// It serves, and takes the mount away itself: it keeps the capability for that, where it has it, and not in effect:
+    /// see [`super::unmounter`].
+    Alone {
+        /// Where the mount is.
+        mountpoint: &'a Path,
+    },
+    /// It takes the mount away, and starts the processes that serve, which inherit what it gives up.
+    Keeper {
+        /// Where the mount is.
+        mountpoint: &'a Path,
+    },
+    /// It serves, and keeps nothing.
+    Worker,
+}
+
+/// Confines the calling thread and those that it starts; no other thread may be there that serves.
+pub(super) fn confine(role: Role<'_>) {
     let root = rustix::process::geteuid().is_root() || super::identity::may_mount();
     let mut lacking = Vec::new();
     let mut step = |what: &str, result: Result<()>| {
@@ -32,7 +48,8 @@ pub(super) fn confine(mountpoint: &Path) {
         }
     };
     rustix::process::umask(rustix::fs::Mode::from_raw_mode(0o077));
-    if root {
+    // A worker has both from its keeper.
+    if root && !matches!(role, Role::Worker) {
         // Of a process that was another user's, such files are root's.
         let lowered = super::identity::with_capabilities(lower_oom_score);
         step("safety from the out-of-memory killer", lowered);
@@ -40,12 +57,16 @@ pub(super) fn confine(mountpoint: &Path) {
         let flusher = rustix::process::configure_io_flusher_behavior(true);
         step("memory reserved for writing back", flusher.context(|| "set PR_SET_IO_FLUSHER"));
     }
-    // Memory holds the contents of guests' disks: no core dump, and no other process of this user may look.
+    // Memory holds the contents of guests' disks, and descriptors the mount: no core dump, and no other process of this
+    // user may look.
     let dumpable = rustix::process::set_dumpable_behavior(DumpableBehavior::NotDumpable);
     step("no core dumps", dumpable.context(|| "set PR_SET_DUMPABLE"));
     step("no new privileges", rustix::thread::set_no_new_privs(true).context(|| "set PR_SET_NO_NEW_PRIVS"));
-    step("few capabilities", drop_capabilities(mountpoint));
-    step("few system calls", seccomp::install());
+    step("few capabilities", drop_capabilities(role));
+    // A keeper starts programs, and reads nothing that others wrote.
+    if !matches!(role, Role::Keeper { .. }) {
+        step("few system calls", seccomp::install());
+    }
     if !lacking.is_empty() {
         log::info!("not to be had here: {}", lacking.join("; "));
     }
@@ -62,9 +83,9 @@ fn lower_oom_score() -> Result<()> {
     write().context(|| format!("write {OOM_FILE}"))
 }
 
-/// Keeps CAP_SYS_ADMIN, for unmounting, and CAP_DAC_READ_SEARCH only where the way to the mountpoint is closed to our
+/// Keeps nothing in a worker, and otherwise CAP_SYS_ADMIN, for unmounting, and CAP_DAC_READ_SEARCH only where the way to the mountpoint is closed to our
 /// user; neither in effect. All others go for good.
-fn drop_capabilities(mountpoint: &Path) -> Result<()> {
+fn drop_capabilities(role: Role<'_>) -> Result<()> {
     let what = || "drop capabilities";
     let had = rustix::thread::capabilities(None).context(what)?;
     let mut bounding = Ok(());
@@ -86,10 +107,13 @@ fn drop_capabilities(mountpoint: &Path) -> Result<()> {
         CapabilitySets { effective: none, permitted: had.permitted, inheritable: none },
     )
     .context(what)?;
-    let mut kept = CapabilitySet::SYS_ADMIN;
-    if !can_look_up(mountpoint) {
-        kept |= CapabilitySet::DAC_READ_SEARCH;
-    }
+    let kept = match role {
+        Role::Worker => none,
+        Role::Alone { mountpoint } | Role::Keeper { mountpoint } if can_look_up(mountpoint) => {
+            CapabilitySet::SYS_ADMIN
+        }
+        Role::Alone { .. } | Role::Keeper { .. } => CapabilitySet::SYS_ADMIN | CapabilitySet::DAC_READ_SEARCH,
+    };
     let permitted = had.permitted & kept;
     rustix::thread::set_capabilities(None, CapabilitySets { effective: none, permitted, inheritable: none })
         .context(what)?;

@@ -25,11 +25,10 @@ pub(super) struct Farewell {
 }
 
 impl Farewell {
-    /// Writes what this process leaves behind.
-    pub(super) fn write(run_dir: &Path, errors: &[Error]) -> Result<()> {
+    /// Writes what the daemon `pid` leaves behind: this process, or the one that keeps the mount.
+    pub(super) fn write(run_dir: &Path, pid: u32, errors: &[Error]) -> Result<()> {
         let path = run_dir.join(FILE);
-        let words =
-            Self { pid: std::process::id(), errors: errors.iter().map(ToString::to_string).collect() };
+        let words = Self { pid, errors: errors.iter().map(ToString::to_string).collect() };
         let bytes = serde_json::to_vec(&words).expect("plain numbers and text");
         // Not atomic, and need not be: it is read only after the writer has given up its lock.
         let mut file = std::fs::File::create(&path).context(|| format!("write {}", path.display()))?;
@@ -77,10 +76,11 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let pid = std::process::id();
         assert!(Farewell::check(folder.path(), pid).is_err(), "no words are no good news");
-        Farewell::write(folder.path(), &[]).unwrap();
+        Farewell::write(folder.path(), pid, &[]).unwrap();
         assert!(Farewell::check(folder.path(), pid).is_ok());
         assert!(Farewell::check(folder.path(), pid + 1).is_err());
-        Farewell::write(folder.path(), &[Error::new(ErrorKind::Io, "close web-1/disk: it broke")]).unwrap();
+        Farewell::write(folder.path(), pid, &[Error::new(ErrorKind::Io, "close web-1/disk: it broke")])
+            .unwrap();
         assert!(Farewell::check(folder.path(), pid).unwrap_err().to_string().contains("it broke"));
     }
 }

@@ -1,7 +1,7 @@
 //! A daemon's figures in the text format of Prometheus.
 //!
 //! Names of instances and disks are no labels: there may be thousands, and they come and go. Counters begin at zero with
-//! the daemon.
+//! the process that serves.
 
 use std::fmt::Write;
 
@@ -48,6 +48,10 @@ pub(super) fn page(identity: &Identity, fs: &Fs) -> Result<String> {
     page.value(name, &format!("transport=\"{}\"", identity.transport()), 1);
     let started = u64::try_from(identity.started().unix_seconds()).unwrap_or(0);
     page.single("cowdisk_start_time_seconds", "gauge", "When it began to serve, since 1970.", started);
+    if let Some(keeper) = identity.keeper() {
+        let help = "How often another process took over from one that had died.";
+        page.single("cowdisk_restarts_total", "counter", help, keeper.restarts.into());
+    }
     requests(&mut page, fs);
     disks(&mut page, fs);
     page.single(

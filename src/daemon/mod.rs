@@ -1,18 +1,24 @@
-//! The process that serves a mounted store: starting it, its background work, signals, and taking the mount away.
+//! The processes that serve a mounted store: starting them, their background work, signals, and taking the mount away.
 //!
-//! One daemon serves one store; the store's lock sees to that. `cowdisk mount` [spawns](spawn) it and returns when it
+//! One daemon serves one store; the store's lock sees to that. It is two processes: a keeper, which has the mount, and a
+//! worker, which answers; if the worker dies the keeper starts another, which takes over. `cowdisk mount` [spawns](spawn) it and returns when it
 //! serves; `cowdisk mount -f` [runs](run) it in place. It ends when its mount is [taken away](unmount), by us or by
 //! umount(8), or when a signal asks it to and nobody uses the mount. Its end closes every disk; what could not be made
 //! durable it leaves behind as its last words, for whoever took the mount away.
 
+mod attendant;
 mod background;
+mod backoff;
 mod confine;
 mod control;
 mod farewell;
 mod holders;
 mod http;
 mod identity;
+mod keeper;
+mod link;
 mod metrics;
+mod mounted;
 mod mountpoint;
 mod mounts;
 mod options;
@@ -23,6 +29,7 @@ mod signals;
 mod status;
 mod unmount;
 mod unmounter;
+mod worker;
 
 use std::path::Path;
 
@@ -33,11 +40,11 @@ pub use identity::{Keep, as_owner, become_owner};
 pub use mounts::{MountEntry, mounts};
 pub use options::{FLUSH_SECONDS, FLUSH_SECONDS_MAX, MountOptions, THREADS_MAX};
 pub use readiness::{LOG_VARIABLE, SpawnRequest};
-pub use serve::serve;
-pub use status::{DiskStatus, HostStatus, Status};
+pub use status::{DiskStatus, HostStatus, KeeperStatus, Status};
 pub use unmount::unmount;
 
 use readiness::Readiness;
+use serve::serve;
 
 use crate::error::Result;
 use crate::store::Store;
@@ -77,12 +84,19 @@ pub fn spawn_program(program: &Path, store: &Path, mountpoint: &Path, options: &
     )
 }
 
-/// Mounts the store in `store` and serves it in this process, as [`serve`] does, as the user whom it belongs to. If this process was started by
-/// [`spawn`], whoever waits there is told when it serves, or why not.
+/// Mounts the store in `store` and serves it until it is unmounted, as the user whom it belongs to. If this process was
+/// started by [`spawn`], whoever waits there is told when it serves, or why not. `on_ready` is called then.
+///
+/// The process that answers the kernel is another one: this program, started again with the same arguments, so that it
+/// comes here as well. In that process this function serves what it is handed over, and never calls `on_ready`.
 ///
 /// # Errors
-/// Those of [`Store::open`] and [`serve`].
+/// Those of [`Store::open`]; why the store cannot be mounted, with nothing mounted then; what could not be made durable at
+/// the end.
 pub fn run(store: &Path, mountpoint: &Path, options: &MountOptions, on_ready: impl FnOnce()) -> Result<()> {
+    if worker::is_wanted() {
+        return worker::work(store, options);
+    }
     let readiness = Readiness::from_environment();
     readiness.detach();
     let owned = become_owner(store, Keep::Capabilities).and_then(|()| Store::open(store));

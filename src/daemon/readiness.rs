@@ -10,6 +10,7 @@ use std::process::{Command, Stdio};
 
 use serde::{Deserialize, Serialize};
 
+use super::link::ErrorWord;
 use super::options::MountOptions;
 use crate::error::{Context, Error, ErrorKind, Result};
 
@@ -43,7 +44,7 @@ pub struct SpawnRequest<'a> {
 #[serde(rename_all = "snake_case")]
 enum Word {
     Ready,
-    Failed { kind: String, message: String, hint: Option<String> },
+    Failed(ErrorWord),
 }
 
 /// Starts the daemon, with `log_file` for what it says, and waits until it serves.
@@ -78,10 +79,9 @@ pub(super) fn start(request: &SpawnRequest<'_>, log_file: std::fs::File) -> Resu
     }
     match serde_json::from_str(line.trim()) {
         Ok(Word::Ready) => Ok(()),
-        Ok(Word::Failed { kind, message, hint }) => {
+        Ok(Word::Failed(word)) => {
             let _ = child.wait();
-            let error = Error::new(kind_named(&kind), message);
-            Err(if let Some(hint) = hint { error.with_hint(hint) } else { error })
+            Err(word.into_error())
         }
         Err(_) => {
             let status = child.wait().context(what)?;
@@ -134,11 +134,7 @@ impl Readiness {
 
     /// Says why not.
     pub fn failed(&self, error: &Error) {
-        self.say(&Word::Failed {
-            kind: format!("{:?}", error.kind()),
-            message: error.to_string(),
-            hint: error.hint().map(str::to_owned),
-        });
+        self.say(&Word::Failed(ErrorWord::from(error)));
     }
 
     fn say(&self, word: &Word) {
@@ -156,24 +152,6 @@ impl Readiness {
     }
 }
 
-fn kind_named(name: &str) -> ErrorKind {
-    const KINDS: [ErrorKind; 12] = [
-        ErrorKind::Invalid,
-        ErrorKind::NotFound,
-        ErrorKind::Exists,
-        ErrorKind::Busy,
-        ErrorKind::NoSpace,
-        ErrorKind::OutOfRange,
-        ErrorKind::ReadOnly,
-        ErrorKind::Denied,
-        ErrorKind::Corrupt,
-        ErrorKind::Unsupported,
-        ErrorKind::Interrupted,
-        ErrorKind::Io,
-    ];
-    KINDS.into_iter().find(|kind| format!("{kind:?}") == name).unwrap_or(ErrorKind::Io)
-}
-
 /// The program that runs now, for starting it again.
 ///
 /// # Errors
@@ -189,18 +167,14 @@ mod tests {
     #[test]
     fn words_come_back_as_they_were() {
         let error = Error::new(ErrorKind::Busy, "store /x: served already").with_hint("unmount it first");
-        let word = Word::Failed {
-            kind: format!("{:?}", error.kind()),
-            message: error.to_string(),
-            hint: error.hint().map(str::to_owned),
-        };
-        let line = serde_json::to_string(&word).unwrap();
-        let Word::Failed { kind, message, hint } = serde_json::from_str(&line).unwrap() else {
+        let line = serde_json::to_string(&Word::Failed(ErrorWord::from(&error))).unwrap();
+        let Word::Failed(word) = serde_json::from_str(&line).unwrap() else {
             panic!("another word: {line}");
         };
-        assert_eq!(kind_named(&kind), ErrorKind::Busy);
-        assert_eq!(message, "store /x: served already");
-        assert_eq!(hint.as_deref(), Some("unmount it first"));
+        let heard = word.into_error();
+        assert_eq!(heard.kind(), ErrorKind::Busy);
+        assert_eq!(heard.to_string(), "store /x: served already");
+        assert_eq!(heard.hint(), Some("unmount it first"));
         assert!(matches!(serde_json::from_str("\"ready\""), Ok(Word::Ready)));
     }
 

@@ -1,10 +1,12 @@
 //! What a daemon tells about itself: as JSON for programs and for `cowdisk status`.
 
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 
 use super::options::MountOptions;
+use super::worker::KeeperLink;
 use crate::error::Result;
 use crate::fs::{DiskState, Fs};
 use crate::store::{SpaceNow, Timestamp};
@@ -15,8 +17,10 @@ use crate::transport::Transport;
 pub struct Status {
     /// Its version.
     pub version: String,
-    /// Its process id.
+    /// The process that answers requests.
     pub pid: u32,
+    /// The process that keeps the mount and has another answer should that one die; null if there is none.
+    pub keeper: Option<KeeperStatus>,
     /// The directory of the store.
     pub store: PathBuf,
     /// Where it is mounted.
@@ -35,6 +39,19 @@ pub struct Status {
     pub open_files: usize,
     /// Disks in use and disks that could not be opened. All others are idle.
     pub disks: Vec<DiskStatus>,
+}
+
+/// The process that keeps a mount.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct KeeperStatus {
+    /// Its process id.
+    pub pid: u32,
+    /// Its version.
+    pub version: String,
+    /// How often another process had to take over from one that died.
+    pub restarts: u32,
+    /// How the last one ended.
+    pub last_end: Option<String>,
 }
 
 /// The space of the host's filesystem. Sizes are bytes.
@@ -99,18 +116,32 @@ pub(super) struct Identity {
     started: Timestamp,
     options: String,
     transport: Transport,
+    keeper: Option<(KeeperStatus, Arc<KeeperLink>)>,
 }
 
 impl Identity {
-    /// That of this process, which begins to serve now.
-    pub(super) fn new(store: &Path, mountpoint: &Path, options: &MountOptions, transport: Transport) -> Self {
+    /// That of this process, for a mount that was made at `started`.
+    pub(super) fn new(
+        store: &Path,
+        mountpoint: &Path,
+        options: &MountOptions,
+        started: Timestamp,
+        keeper: Option<(KeeperStatus, Arc<KeeperLink>)>,
+    ) -> Self {
         let (store, mountpoint) = (store.to_owned(), mountpoint.to_owned());
-        Self { store, mountpoint, started: Timestamp::now(), options: options.to_string(), transport }
+        // Only ours can be kept.
+        let transport = if keeper.is_some() { Transport::DevFuse } else { Transport::Fuser };
+        Self { store, mountpoint, started, options: options.to_string(), transport, keeper }
     }
 
     /// What reads the kernel's requests.
     pub(super) fn transport(&self) -> Transport {
         self.transport
+    }
+
+    /// The process that keeps the mount, unless it has died.
+    pub(super) fn keeper(&self) -> Option<&KeeperStatus> {
+        self.keeper.as_ref().filter(|(_, link)| !link.is_gone()).map(|(keeper, _)| keeper)
     }
 
     /// When it began to serve.
@@ -140,6 +171,7 @@ impl Identity {
         Ok(Status {
             version: env!("CARGO_PKG_VERSION").to_owned(),
             pid: std::process::id(),
+            keeper: self.keeper().cloned(),
             store: self.store.clone(),
             mountpoint: self.mountpoint.clone(),
             started: self.started,

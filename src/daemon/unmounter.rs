@@ -1,6 +1,6 @@
 //! Taking the mount away from inside a confined daemon.
 //!
-//! With the capability for it: it is put into effect for the moment of the call, in the calling thread. Without it only
+//! A process that has a keeper asks it. Otherwise, with the capability for it: it is put into effect for the moment of the call, in the calling thread. Without it only
 //! the setuid `fusermount3` can unmount, and a confined process cannot run it. So a shell is started beforehand that runs it
 //! each time it is asked to; it ends with the daemon, for its standard input does.
 
@@ -9,10 +9,12 @@ use std::io::{BufRead, BufReader, Write};
 use std::os::unix::process::CommandExt as _;
 use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
+use std::sync::Arc;
 
 use parking_lot::Mutex;
 
 use super::identity;
+use super::worker::KeeperLink;
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::transport::mount;
 
@@ -25,8 +27,16 @@ done"#;
 #[derive(Debug)]
 pub(super) struct Unmounter {
     mountpoint: PathBuf,
-    /// The shell; `None`: this process has the capability. Guards one request and its answer.
-    shell: Option<Mutex<Shell>>,
+    way: Way,
+}
+
+#[derive(Debug)]
+enum Way {
+    /// This process has the capability.
+    Capability,
+    /// Guards one request and its answer.
+    Shell(Mutex<Shell>),
+    Keeper(Arc<KeeperLink>),
 }
 
 #[derive(Debug)]
@@ -42,8 +52,17 @@ impl Unmounter {
     /// # Errors
     /// If the shell cannot be started.
     pub(super) fn new(mountpoint: &Path) -> Result<Self> {
-        let shell = if identity::may_mount() { None } else { Some(Mutex::new(Shell::start(mountpoint)?)) };
-        Ok(Self { mountpoint: mountpoint.to_owned(), shell })
+        let way = if identity::may_mount() {
+            Way::Capability
+        } else {
+            Way::Shell(Mutex::new(Shell::start(mountpoint)?))
+        };
+        Ok(Self { mountpoint: mountpoint.to_owned(), way })
+    }
+
+    /// What asks the keeper.
+    pub(super) fn by_keeper(mountpoint: PathBuf, keeper: Arc<KeeperLink>) -> Self {
+        Self { mountpoint, way: Way::Keeper(keeper) }
     }
 
     /// Takes the mount away.
@@ -51,9 +70,12 @@ impl Unmounter {
     /// # Errors
     /// [`ErrorKind::Busy`] if a file in it is open or a process stands in it; nothing is changed then.
     pub(super) fn unmount(&self) -> Result<()> {
-        match &self.shell {
-            Some(shell) => shell.lock().ask().context(|| format!("unmount {}", self.mountpoint.display())),
-            None => identity::with_capabilities(|| mount::unmount(&self.mountpoint)),
+        match &self.way {
+            Way::Keeper(keeper) => keeper.unmount(),
+            Way::Shell(shell) => {
+                shell.lock().ask().context(|| format!("unmount {}", self.mountpoint.display()))
+            }
+            Way::Capability => identity::with_capabilities(|| mount::unmount(&self.mountpoint)),
         }
     }
 }

@@ -101,6 +101,23 @@ impl Failure {
             Self::Error(error) => error.kind().into(),
         }
     }
+
+    /// As an error of ours.
+    pub fn into_error(self) -> Error {
+        match self {
+            Self::Answer(errno) => Error::io("a file", io::Error::from_raw_os_error(errno.0)),
+            Self::Error(error) => error,
+        }
+    }
+}
+
+impl fmt::Display for Failure {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Answer(errno) => write!(f, "{}", io::Error::from_raw_os_error(errno.0)),
+            Self::Error(error) => write!(f, "{error}"),
+        }
+    }
 }
 
 impl From<Errno> for Failure {

@@ -121,9 +121,12 @@ fn hashed(id: LayerId, what: &str) -> u64 {
 #[derive(Debug)]
 struct Known {
     node: Node,
-    /// How often the kernel was told the number and has not yet said that it forgot it.
+    /// How often the kernel was told the number and has not yet said that it forgot it; [`FOREVER`] if nobody knows.
     lookups: u64,
 }
+
+/// The count of a number that a process before this one may have told the kernel: it is never forgotten.
+const FOREVER: u64 = u64::MAX;
 
 /// The files that the kernel knows by number. No read or write of an open file comes here.
 #[derive(Debug, Default)]
@@ -152,6 +155,11 @@ impl Inodes {
         self.number(node, 1)
     }
 
+    /// Notes a file that the kernel may know of from an earlier process. Its number is never forgotten.
+    pub fn adopt(&self, node: &Node) {
+        self.number(node, FOREVER);
+    }
+
     /// The number of a file, for a place where the kernel does not keep it.
     pub fn show(&self, node: &Node) -> u64 {
         let known = self.known.read();
@@ -164,7 +172,9 @@ impl Inodes {
         }
         let mut known = self.known.write();
         let ino = number_in(&known, node);
-        known.entry(ino).or_insert_with(|| Known { node: node.clone(), lookups: 0 }).lookups += lookups;
+        known.entry(ino).or_insert_with(|| Known { node: node.clone(), lookups: 0 });
+        let told = &mut known.get_mut(&ino).expect("just put there").lookups;
+        *told = told.saturating_add(lookups);
         ino
     }
 
@@ -172,7 +182,9 @@ impl Inodes {
     pub fn forget(&self, ino: u64, lookups: u64) {
         let mut known = self.known.write();
         if let Some(entry) = known.get_mut(&ino) {
-            entry.lookups = entry.lookups.saturating_sub(lookups);
+            if entry.lookups != FOREVER {
+                entry.lookups = entry.lookups.saturating_sub(lookups);
+            }
             if entry.lookups == 0 {
                 known.remove(&ino);
             }
@@ -241,5 +253,17 @@ mod tests {
         assert_eq!(inodes.node(1).unwrap(), Node::Root);
         assert_eq!(inodes.remember(&Node::Instances), 4);
         assert!(inodes.known.read().is_empty());
+    }
+
+    #[test]
+    fn an_adopted_number_is_the_same_and_is_never_forgotten() {
+        let (first, second) = (Inodes::default(), Inodes::default());
+        let ino = first.remember(&disk(1, DiskName::Root));
+        second.adopt(&disk(1, DiskName::Root));
+        second.forget(ino, 1000);
+        assert_eq!(second.node(ino).unwrap(), disk(1, DiskName::Root));
+        assert_eq!(second.remember(&disk(1, DiskName::Root)), ino);
+        second.forget(ino, u64::MAX);
+        assert_eq!(second.node(ino).unwrap(), disk(1, DiskName::Root));
     }
 }

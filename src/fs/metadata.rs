@@ -2,11 +2,11 @@
 
 use std::ffi::OsStr;
 
-use super::Fs;
 use super::attributes::{AttributeChanges, Attributes, MODE_BITS};
 use super::errno::{Errno, Outcome};
 use super::inodes::Node;
 use super::tree::or_stale;
+use super::{Fs, RequestId};
 use crate::store::{self, FileRef};
 use crate::units::DISK_BYTES_MAX;
 
@@ -28,7 +28,7 @@ impl Fs {
     /// of an image, a kernel or a ramdisk; [`Errno::TOO_BIG`] above the largest disk; [`Errno::INVALID`] for a size that
     /// is no multiple of 512.
     pub fn change(&self, ino: u64, changes: &AttributeChanges) -> Outcome<Attributes> {
-        let node = self.inodes.node(ino)?;
+        let node = self.node(ino)?;
         let file = self.tree.file_ref(&node)?.ok_or(Errno::NOT_PERMITTED)?;
         let is_disk = matches!(node, Node::Disk { .. });
         let times = changes.atime.is_some() || changes.mtime.is_some();
@@ -92,7 +92,7 @@ impl Fs {
     /// [`Errno::NO_DATA`] if there is none; [`Errno::NOT_SUPPORTED`] for a namespace that is not kept.
     pub fn xattr(&self, ino: u64, name: &OsStr) -> Outcome<Vec<u8>> {
         let name = kept_name(name)?;
-        let node = self.inodes.node(ino)?;
+        let node = self.node(ino)?;
         let file = self.tree.file_ref(&node)?.ok_or(Errno::NO_DATA)?;
         let mut record = or_stale(self.tree.store().attributes(&file))?;
         Ok(record.xattrs.remove(name).ok_or(Errno::NO_DATA)?)
@@ -103,7 +103,7 @@ impl Fs {
     /// # Errors
     /// Those of the store.
     pub fn xattr_names(&self, ino: u64) -> Outcome<Vec<u8>> {
-        let node = self.inodes.node(ino)?;
+        let node = self.node(ino)?;
         let Some(file) = self.tree.file_ref(&node)? else { return Ok(Vec::new()) };
         let record = or_stale(self.tree.store().attributes(&file))?;
         Ok(record.xattrs.keys().flat_map(|name| name.bytes().chain([0])).collect())
@@ -115,7 +115,14 @@ impl Fs {
     /// # Errors
     /// [`Errno::EXISTS`] and [`Errno::NO_DATA`] as the flags ask; [`Errno::NO_ROOM`] if there are too many;
     /// [`Errno::NOT_SUPPORTED`] for a namespace that is not kept, `security.capability`, a directory or a link.
-    pub fn set_xattr(&self, ino: u64, name: &OsStr, value: Vec<u8>, flags: i32) -> Outcome<()> {
+    pub fn set_xattr(
+        &self,
+        ino: u64,
+        name: &OsStr,
+        value: Vec<u8>,
+        flags: i32,
+        request: RequestId,
+    ) -> Outcome<()> {
         let name = kept_name(name)?;
         if name == CAPABILITIES {
             return Err(Errno::NOT_SUPPORTED.into());
@@ -123,13 +130,17 @@ impl Fs {
         if flags & !(libc::XATTR_CREATE | libc::XATTR_REPLACE) != 0 {
             return Err(Errno::INVALID.into());
         }
-        let node = self.inodes.node(ino)?;
+        let node = self.node(ino)?;
         let file = self.tree.file_ref(&node)?.ok_or(Errno::NOT_SUPPORTED)?;
         if value.len() > store::XATTR_VALUE_BYTES_MAX {
             return Err(Errno::TOO_LONG.into());
         }
         self.update(&file, |record| {
             let exists = record.xattrs.contains_key(name);
+            if request.resent && record.xattrs.get(name) == Some(&value) {
+                // It was done; only the answer did not come.
+                return Ok(());
+            }
             if flags & libc::XATTR_CREATE != 0 && exists {
                 return Err(Errno::EXISTS.into());
             }
@@ -149,11 +160,14 @@ impl Fs {
     ///
     /// # Errors
     /// [`Errno::NO_DATA`] if there is none.
-    pub fn remove_xattr(&self, ino: u64, name: &OsStr) -> Outcome<()> {
+    pub fn remove_xattr(&self, ino: u64, name: &OsStr, request: RequestId) -> Outcome<()> {
         let name = kept_name(name)?;
-        let node = self.inodes.node(ino)?;
+        let node = self.node(ino)?;
         let file = self.tree.file_ref(&node)?.ok_or(Errno::NO_DATA)?;
-        self.update(&file, |record| record.xattrs.remove(name).map(drop).ok_or_else(|| Errno::NO_DATA.into()))
+        self.update(&file, |record| match record.xattrs.remove(name) {
+            None if !request.resent => Err(Errno::NO_DATA.into()),
+            _ => Ok(()),
+        })
     }
 }
 

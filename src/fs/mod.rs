@@ -11,11 +11,13 @@
 //! whatever a command changes there is seen at once. Reading and writing an open file takes no lock that two files share;
 //! nothing but the kernel's own checks of modes keeps anybody out.
 
+mod adoption;
 mod attributes;
 mod counters;
 mod errno;
 mod handles;
 mod inodes;
+mod ledger;
 mod metadata;
 mod open_disks;
 mod open_file;
@@ -30,13 +32,16 @@ pub use attributes::{AttributeChanges, Attributes, FileKind, MODE_BITS, SetTime}
 pub use counters::{Ending, Operation, RequestCounts};
 pub use errno::{Errno, Failure, Outcome};
 pub use handles::HandleId;
+pub use ledger::{AGREED_BYTES, Ledger};
 pub use open_disks::{DiskFigures, DiskState};
 pub use open_file::OpenMode;
 pub use tree::Entry;
 
+use adoption::Numbers;
 use counters::Counters;
 use handles::Handles;
 use inodes::Inodes;
+use ledger::Kept;
 use open_disks::OpenDisks;
 use open_file::OpenFile;
 use tree::Tree;
@@ -76,8 +81,19 @@ pub struct Fs {
     handles: Handles<OpenFile>,
     disks: OpenDisks,
     counters: Counters,
+    /// Guards whether the table of inode numbers is complete; held while the store is read to complete it.
+    numbers: Mutex<Numbers>,
     /// Guards the records of owners, modes and extended attributes from reading one to writing it back.
     records: Mutex<()>,
+}
+
+/// Which request of the kernel something is done for.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct RequestId {
+    /// Its number, which no other request of the same mount has; 0 if it is not known.
+    pub number: u64,
+    /// The kernel has sent it to a process before this one, which may have done it, and whose answer never came.
+    pub resent: bool,
 }
 
 /// Tells [`Fs::read_directory`] about an entry and the offset after it; says whether it did *not* fit any more.
@@ -110,6 +126,7 @@ impl Fs {
             handles: Handles::new(),
             disks: OpenDisks::default(),
             counters: Counters::default(),
+            numbers: Mutex::default(),
             records: Mutex::new(()),
         })
     }
@@ -120,7 +137,7 @@ impl Fs {
     /// # Errors
     /// [`Errno::NO_ENTRY`] if there is none; [`Errno::NAME_TOO_LONG`] if there cannot be one.
     pub fn lookup(&self, parent: u64, name: &OsStr) -> Outcome<Attributes> {
-        let parent = self.inodes.node(parent)?;
+        let parent = self.node(parent)?;
         if name.len() > NAME_BYTES_MAX as usize {
             return Err(Errno::NAME_TOO_LONG.into());
         }
@@ -141,7 +158,7 @@ impl Fs {
     /// # Errors
     /// [`Errno::STALE`] if it has been removed.
     pub fn attributes(&self, ino: u64) -> Outcome<Attributes> {
-        let node = self.inodes.node(ino)?;
+        let node = self.node(ino)?;
         let attributes = self.tree.attributes(&node, &self.disks)?;
         Ok(Attributes { ino, ..attributes })
     }
@@ -151,21 +168,29 @@ impl Fs {
     /// # Errors
     /// [`Errno::INVALID`] if it is none.
     pub fn link_target(&self, ino: u64) -> Outcome<String> {
-        self.tree.link_target(&self.inodes.node(ino)?)
+        self.tree.link_target(&self.node(ino)?)
     }
 
     /// Opens a file. A disk that nobody has open is opened for service first, which may take as long as the host's disk
-    /// takes to recover it.
+    /// takes to recover it. A request that was sent before and had opened the file gets the same handle again.
     ///
     /// # Errors
     /// [`Errno::READ_ONLY`] for writing to an image, a kernel or a ramdisk; [`Errno::NOT_PERMITTED`] for cutting a disk
     /// off; those of opening a disk.
-    pub fn open(&self, ino: u64, mode: OpenMode) -> Outcome<HandleId> {
+    pub fn open(&self, ino: u64, mode: OpenMode, request: RequestId) -> Outcome<HandleId> {
+        if let Some(handle) = self.opened_before(request) {
+            return Ok(handle);
+        }
         self.counted(Operation::Open, 0, || {
-            let node = self.inodes.node(ino)?;
+            let node = self.node(ino)?;
             let file = OpenFile::open(&self.tree, &self.disks, &node, mode)?;
-            self.insert(file)
+            self.insert(file, Kept { ino, write: mode.write, directory: false }, request)
         })
+    }
+
+    /// What an earlier process has opened for this very request.
+    fn opened_before(&self, request: RequestId) -> Option<HandleId> {
+        if request.resent { self.handles.opened_before(request.number) } else { None }
     }
 
     fn counted<T>(&self, kind: Operation, bytes: u64, operation: impl FnOnce() -> Outcome<T>) -> Outcome<T> {
@@ -178,30 +203,22 @@ impl Fs {
     ///
     /// # Errors
     /// [`Errno::NOT_DIRECTORY`] if it is none.
-    pub fn open_directory(&self, ino: u64) -> Outcome<HandleId> {
-        let node = self.inodes.node(ino)?;
+    pub fn open_directory(&self, ino: u64, request: RequestId) -> Outcome<HandleId> {
+        if let Some(handle) = self.opened_before(request) {
+            return Ok(handle);
+        }
+        let node = self.node(ino)?;
         let entries = self.tree.entries(&node)?;
-        self.insert(OpenFile::Directory { node, entries: Mutex::new(Arc::new(entries)) })
+        let directory = OpenFile::Directory { node, entries: Mutex::new(Arc::new(entries)) };
+        self.insert(directory, Kept { ino, write: false, directory: true }, request)
     }
 
-    fn insert(&self, file: OpenFile) -> Outcome<HandleId> {
-        self.handles.insert(file).map_err(|(file, failure)| {
+    fn insert(&self, file: OpenFile, kept: Kept, request: RequestId) -> Outcome<HandleId> {
+        self.handles.insert(file, kept, request.number).map_err(|(file, failure)| {
             if let Err(error) = self.close_file(file) {
                 log::error!("{error}");
             }
             failure
-        })
-    }
-
-    /// Closes an open file or directory. The last handle of a disk closes the disk, which takes as long as making it
-    /// durable.
-    ///
-    /// # Errors
-    /// Those of closing the disk; it is closed all the same.
-    pub fn close(&self, handle: HandleId) -> Outcome<()> {
-        self.counted(Operation::Close, 0, || {
-            let file = self.handles.remove(handle).ok_or(Errno::BAD_HANDLE)?;
-            Ok(self.close_file(file)?)
         })
     }
 
@@ -260,7 +277,7 @@ impl Fs {
     }
 
     fn entries_from(&self, handle: HandleId, offset: u64) -> Outcome<Listing> {
-        let file = self.handles.get(handle)?;
+        let file = self.file(handle)?;
         let OpenFile::Directory { node, entries } = &*file else { return Err(Errno::NOT_DIRECTORY.into()) };
         let mut entries = entries.lock();
         if offset == 0 {
@@ -283,7 +300,7 @@ impl Fs {
         direct: bool,
         way: Way,
     ) -> Outcome<usize> {
-        let outcome = self.handles.get(handle).and_then(|file| file.read(offset, buf, direct, way));
+        let outcome = self.file(handle).and_then(|file| file.read(offset, buf, direct, way));
         let read = outcome.as_ref().map_or(0, |read| *read as u64);
         self.counters.count(Operation::Read, read, &outcome);
         outcome
@@ -302,7 +319,7 @@ impl Fs {
         direct: bool,
         way: Way,
     ) -> Outcome<Option<usize>> {
-        let outcome = self.handles.get(handle).and_then(|file| file.read_now(offset, buf, direct, way));
+        let outcome = self.file(handle).and_then(|file| file.read_now(offset, buf, direct, way));
         match &outcome {
             Ok(None) => {}
             Ok(Some(read)) => self.counters.count(Operation::Read, *read as u64, &outcome),
@@ -314,7 +331,7 @@ impl Fs {
     /// Whether [`Fs::write`] of `len` bytes at `offset` only changes memory, or is refused. It need not be called then by a
     /// thread that has time to wait for the host's disk.
     pub fn writes_to_memory(&self, handle: HandleId, offset: u64, len: u64, way: Way) -> bool {
-        self.handles.get(handle).map_or(true, |file| file.writes_to_memory(offset, len, way))
+        self.file(handle).map_or(true, |file| file.writes_to_memory(offset, len, way))
     }
 
     /// Writes all of `data` at byte `offset`; durable after the next [`Fs::sync`]. `direct` and `way` as in [`Fs::read`].
@@ -324,7 +341,7 @@ impl Fs {
     /// `direct` and not aligned; those of the disk.
     pub fn write(&self, handle: HandleId, offset: u64, data: &[u8], direct: bool, way: Way) -> Outcome<()> {
         let len = data.len() as u64;
-        self.counted(Operation::Write, len, || self.handles.get(handle)?.write(offset, data, direct, way))
+        self.counted(Operation::Write, len, || self.file(handle)?.write(offset, data, direct, way))
     }
 
     /// Makes every completed write to the file durable.
@@ -332,7 +349,7 @@ impl Fs {
     /// # Errors
     /// Those of the disk.
     pub fn sync(&self, handle: HandleId) -> Outcome<()> {
-        self.counted(Operation::Sync, 0, || self.handles.get(handle)?.sync())
+        self.counted(Operation::Sync, 0, || self.file(handle)?.sync())
     }
 
     /// `fallocate`: punching a hole and zeroing a range make zeroes and return space; plain allocation reserves space.
@@ -341,7 +358,7 @@ impl Fs {
     /// [`Errno::TOO_BIG`] if the range reaches beyond the end of the disk (nothing is changed then);
     /// [`Errno::NOT_SUPPORTED`] for another mode; those of the disk.
     pub fn allocate(&self, handle: HandleId, mode: i32, offset: u64, len: u64) -> Outcome<()> {
-        self.counted(Operation::Allocate, len, || self.handles.get(handle)?.allocate(mode, offset, len))
+        self.counted(Operation::Allocate, len, || self.file(handle)?.allocate(mode, offset, len))
     }
 
     /// `lseek` with SEEK_DATA or SEEK_HOLE.
@@ -349,7 +366,7 @@ impl Fs {
     /// # Errors
     /// [`Errno::NO_SUCH_OFFSET`] at or past the end, or if only a hole follows; [`Errno::INVALID`] for another whence.
     pub fn seek(&self, handle: HandleId, offset: i64, whence: i32) -> Outcome<i64> {
-        self.handles.get(handle)?.seek(offset, whence)
+        self.file(handle)?.seek(offset, whence)
     }
 
     /// `ioctl`: answers the one by which QEMU asks for the alignment of direct I/O.
@@ -357,7 +374,7 @@ impl Fs {
     /// # Errors
     /// [`Errno::NO_CONTROL`] for any other.
     pub fn control(&self, handle: HandleId, command: u32) -> Outcome<Vec<u8>> {
-        self.handles.get(handle)?.control(command)
+        self.file(handle)?.control(command)
     }
 
     /// Looks at the space of the host's filesystem, for others may have filled or freed it.
@@ -418,11 +435,6 @@ impl Fs {
     /// Does the housekeeping of every disk that asks for it; returns what went wrong.
     pub fn checkpoint_due(&self) -> Vec<Error> {
         self.disks.checkpoint_due()
-    }
-
-    /// Closes every file that is still open, for the end; returns what went wrong.
-    pub fn close_all(&self) -> Vec<Error> {
-        self.handles.drain().into_iter().filter_map(|file| self.close_file(file).err()).collect()
     }
 }
 

@@ -327,7 +327,7 @@ mod tests {
         let file = tempfile::tempfile().unwrap();
         file.set_len(1 << 20).unwrap();
         let storage = crate::storage::FileStorage::new(file, "disk.raw");
-        Disk::Plain(PlainDisk::open("web/disk", Box::new(storage)).unwrap())
+        Disk::from(PlainDisk::open("web/disk", Box::new(storage)).unwrap())
     }
 
     /// The flag was set only before a write: a flush that ran beside the write cleared it, and the write waited for the

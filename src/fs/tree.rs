@@ -174,6 +174,25 @@ impl Tree {
         Ok(disks.chain(links).collect())
     }
 
+    /// Calls `tell` with every file and directory that has a number of its own. What cannot be read is logged and left out.
+    ///
+    /// # Errors
+    /// If the folders of the store cannot be read.
+    pub fn for_each_node(&self, tell: &mut dyn FnMut(&Node)) -> Outcome<()> {
+        for parent in [Node::Images, Node::Boot, Node::Instances] {
+            for entry in self.entries(&parent)?.into_iter().skip(2) {
+                tell(&entry.node);
+                if let Node::Instance { .. } = entry.node {
+                    match self.instance_entries(&entry.node) {
+                        Ok(inside) => inside.iter().for_each(|inside| tell(&inside.node)),
+                        Err(failure) => log::debug!("look into instance {}: {failure}", entry.name),
+                    }
+                }
+            }
+        }
+        Ok(())
+    }
+
     /// The instance that a node belongs to, if it is still that very instance.
     fn instance_of(&self, node: &Node) -> Outcome<Instance> {
         let (name, id) = match node {
@@ -320,6 +339,15 @@ impl Tree {
             self.instance_of(node)?;
             Err(error.into())
         })
+    }
+
+    /// Nobody has the disk of `node` open any more, and it could not be opened to be closed.
+    pub fn give_up_disk(&self, node: &Node, disks: &OpenDisks) {
+        if let Ok(key) = key_of(node)
+            && disks.look(&key, |_| ()).is_none()
+        {
+            self.store.give_up_disk(&key.instance, key.disk);
+        }
     }
 
     /// Opens an image, a kernel or a ramdisk.

@@ -52,11 +52,24 @@ impl Overlay {
     }
 }
 
+impl Overlay {
+    /// Opens an overlay that an earlier process had open for guests that still run: where it left off, or not at all. A
+    /// disk that was written to needs its live map whole.
+    ///
+    /// # Errors
+    /// Those of [`Overlay::open`]; [`ErrorKind::Corrupt`] also if the live map is marked worthless.
+    pub fn adopt(name: &str, files: LayerFiles, base: BaseImage, live_map: &Path) -> Result<Self> {
+        open(name, files, base, live_map, WhenLost::NeedAll).context(|| format!("open disk {name}"))
+    }
+}
+
 /// What to do where the live map of this boot is gone, and with it writes that were answered but not flushed.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum WhenLost {
     Refuse,
     Accept,
+    /// As [`WhenLost::Refuse`], and also where the map is there, but worthless.
+    NeedAll,
 }
 
 fn open(
@@ -96,8 +109,13 @@ fn open(
     } else {
         if superblock.session != SessionId::NONE {
             let lost = matches!(found, TakeUp::Missing) && superblock.boot == boot;
-            if lost && when_lost == WhenLost::Refuse {
-                return Err(live_map_is_gone(live_map));
+            match when_lost {
+                WhenLost::Refuse if lost => return Err(live_map_is_gone(live_map)),
+                WhenLost::NeedAll if matches!(found, TakeUp::Missing) => {
+                    return Err(live_map_is_gone(live_map));
+                }
+                WhenLost::NeedAll => return Err(live_map_is_worthless(live_map)),
+                WhenLost::Refuse | WhenLost::Accept => {}
             }
             log::warn!("disk {name}: was not closed; what was written after its last flush may be gone");
             data.sync()?;
@@ -129,6 +147,13 @@ fn live_map_is_gone(path: &Path) -> Error {
         format!("its live map {} is gone, and with it what was written since the last flush", path.display());
     Error::new(ErrorKind::Corrupt, message)
         .with_hint("bring it back, or mount with -o accept_loss to go back to the last flush")
+}
+
+fn live_map_is_worthless(path: &Path) -> Error {
+    let message =
+        format!("a sync had failed, so its live map {} names what may not be there", path.display());
+    Error::new(ErrorKind::Corrupt, message)
+        .with_hint("close the disk, and open it again: it then goes back to its last completed flush")
 }
 
 fn check_base(superblock: &Superblock, base: &BaseImage) -> Result<()> {

@@ -8,25 +8,33 @@ use std::time::{Duration, SystemTime};
 
 use super::Store;
 use super::dir::{Access, Dir};
-use super::disk_map::{DiskExtentKind, DiskMap, Extents};
 use super::layout::{DiskPart, disk_file};
 use super::lock::{Share, try_lock};
+use super::marks::{Mark, Marked};
 use super::names::{DiskName, ObjectName};
 use super::plain::PlainDisk;
 use crate::error::{Context, Error, ErrorKind, Result};
-use crate::format::{BaseRef, BlockState, LayerId};
-use crate::overlay::{
-    BaseImage, CommitCounts, LayerFiles, MapReader, Overlay, live_map_name, read_superblock,
-};
+use crate::format::{BaseRef, LayerId};
+use crate::overlay::{BaseImage, CommitCounts, LayerFiles, Overlay, live_map_name, read_superblock};
 use crate::storage::{FileStorage, Storage, Way};
 
 /// How often the lock of a disk is tried: a check takes it for an instant to see whether it is free.
 const LOCK_ATTEMPTS: u32 = 10;
 const LOCK_PAUSE: Duration = Duration::from_millis(2);
 
+/// The same for a disk that the daemon has to take up again, for its guest still runs: 5 seconds.
+const ADOPTION_ATTEMPTS: u32 = 2500;
+
 /// A disk, open for service: the only one of its kind as long as it is.
 #[derive(Debug)]
-pub enum Disk {
+pub struct Disk {
+    kind: Kind,
+    /// Says that the daemon has it open.
+    mark: Option<Mark>,
+}
+
+#[derive(Debug)]
+enum Kind {
     /// Copy-on-write.
     Overlay(Box<Overlay>),
     /// A file of its own.
@@ -35,9 +43,9 @@ pub enum Disk {
 
 macro_rules! both {
     ($disk:expr, $inner:ident => $call:expr) => {
-        match $disk {
-            Disk::Overlay($inner) => $call,
-            Disk::Plain($inner) => $call,
+        match &$disk.kind {
+            Kind::Overlay($inner) => $call,
+            Kind::Plain($inner) => $call,
         }
     };
 }
@@ -91,9 +99,9 @@ impl Disk {
 
     /// See [`Overlay::writes_to_memory`].
     pub fn writes_to_memory(&self, way: Way, offset: u64, len: u64) -> bool {
-        match self {
-            Self::Overlay(overlay) => overlay.writes_to_memory(way, offset, len),
-            Self::Plain(plain) => plain.writes_to_memory(way),
+        match &self.kind {
+            Kind::Overlay(overlay) => overlay.writes_to_memory(way, offset, len),
+            Kind::Plain(plain) => plain.writes_to_memory(way),
         }
     }
 
@@ -134,7 +142,16 @@ impl Disk {
     /// # Errors
     /// The same.
     pub fn flush(&self) -> Result<()> {
-        both!(self, disk => disk.flush())
+        both!(self, disk => disk.flush()).inspect_err(|_| self.note_latched())
+    }
+
+    /// After a failed sync.
+    fn note_latched(&self) {
+        if let Some(mark) = &self.mark
+            && self.is_latched()
+        {
+            mark.note_latched();
+        }
     }
 
     /// See [`Overlay::grow`].
@@ -163,9 +180,9 @@ impl Disk {
 
     /// See [`Overlay::checkpoint_due`]; never for a disk that is no overlay.
     pub fn checkpoint_due(&self) -> bool {
-        match self {
-            Self::Overlay(overlay) => overlay.checkpoint_due(),
-            Self::Plain(_) => false,
+        match &self.kind {
+            Kind::Overlay(overlay) => overlay.checkpoint_due(),
+            Kind::Plain(_) => false,
         }
     }
 
@@ -174,10 +191,11 @@ impl Disk {
     /// # Errors
     /// Those of [`Overlay::flush`].
     pub fn checkpoint(&self) -> Result<()> {
-        match self {
-            Self::Overlay(overlay) => overlay.checkpoint(),
-            Self::Plain(plain) => plain.flush(),
+        match &self.kind {
+            Kind::Overlay(overlay) => overlay.checkpoint(),
+            Kind::Plain(plain) => plain.flush(),
         }
+        .inspect_err(|_| self.note_latched())
     }
 
     /// See [`Overlay::is_latched`].
@@ -187,17 +205,17 @@ impl Disk {
 
     /// See [`Overlay::commit_counts`]; a disk that is no overlay commits nothing.
     pub fn commit_counts(&self) -> CommitCounts {
-        match self {
-            Self::Overlay(overlay) => overlay.commit_counts(),
-            Self::Plain(_) => CommitCounts::default(),
+        match &self.kind {
+            Kind::Overlay(overlay) => overlay.commit_counts(),
+            Kind::Plain(_) => CommitCounts::default(),
         }
     }
 
     /// See [`Overlay::uncommitted_runs`]; 0 for a disk that is no overlay.
     pub fn uncommitted_runs(&self) -> usize {
-        match self {
-            Self::Overlay(overlay) => overlay.uncommitted_runs(),
-            Self::Plain(_) => 0,
+        match &self.kind {
+            Kind::Overlay(overlay) => overlay.uncommitted_runs(),
+            Kind::Plain(_) => 0,
         }
     }
 
@@ -206,10 +224,21 @@ impl Disk {
     /// # Errors
     /// Those of [`Overlay::flush`].
     pub fn close(self) -> Result<()> {
-        match self {
-            Self::Overlay(overlay) => overlay.close(),
-            Self::Plain(plain) => plain.flush(),
+        let Self { kind, mark } = self;
+        let closed = match kind {
+            Kind::Overlay(overlay) => overlay.close(),
+            Kind::Plain(plain) => plain.flush(),
+        };
+        if let Some(mark) = mark {
+            mark.remove();
         }
+        closed
+    }
+}
+
+impl From<PlainDisk> for Disk {
+    fn from(disk: PlainDisk) -> Self {
+        Self { kind: Kind::Plain(disk), mark: None }
     }
 }
 
@@ -232,14 +261,55 @@ impl Store {
     }
 
     fn open_disk_in(&self, folder: &Dir, instance: &ObjectName, disk: DiskName) -> Result<Disk> {
-        let name = format!("{instance}/{disk}");
-        if folder.has(disk_file(disk, DiskPart::Raw))? {
-            let file = self.lock_disk(folder, instance, disk, DiskPart::Raw)?;
-            let storage = folder.storage(file, &name);
-            let storage = Box::new(storage.with_direct(folder.open_direct(disk_file(disk, DiskPart::Raw))));
-            return Ok(Disk::Plain(PlainDisk::open(&name, storage)?.within(Arc::clone(self.room()?))));
+        let is_plain = folder.has(disk_file(disk, DiskPart::Raw))?;
+        let part = if is_plain { DiskPart::Raw } else { DiskPart::Map };
+        let file = self.lock_disk(folder, instance, disk, part)?;
+        let (mark, is_kept) = match self.mark(instance, disk)? {
+            None => (None, false),
+            Some(Marked::Fresh(mark)) => (Some(mark), false),
+            Some(Marked::Kept(mark)) => (Some(mark), true),
+        };
+        let opened = if is_plain {
+            self.open_plain(folder, instance, disk, file, is_kept)
+        } else {
+            self.open_overlay(folder, instance, disk, file, is_kept)
+        };
+        match opened {
+            Ok(kind) => Ok(Disk { kind, mark }),
+            Err(error) => {
+                // Of a disk that was open already the mark stays: whoever has it open still does.
+                if let Some(mark) = mark.filter(|_| !is_kept) {
+                    mark.remove();
+                }
+                Err(error)
+            }
         }
-        let map = self.lock_disk(folder, instance, disk, DiskPart::Map)?;
+    }
+
+    fn open_plain(
+        &self,
+        folder: &Dir,
+        instance: &ObjectName,
+        disk: DiskName,
+        file: File,
+        is_kept: bool,
+    ) -> Result<Kind> {
+        let name = format!("{instance}/{disk}");
+        let storage = folder.storage(file, &name);
+        let storage = Box::new(storage.with_direct(folder.open_direct(disk_file(disk, DiskPart::Raw))));
+        let open = if is_kept { PlainDisk::adopt } else { PlainDisk::open };
+        Ok(Kind::Plain(open(&name, storage)?.within(Arc::clone(self.room()?))))
+    }
+
+    fn open_overlay(
+        &self,
+        folder: &Dir,
+        instance: &ObjectName,
+        disk: DiskName,
+        map: File,
+        is_kept: bool,
+    ) -> Result<Kind> {
+        let name = format!("{instance}/{disk}");
         let map = folder.storage(map, format!("map of {name}"));
         let superblock = read_superblock(&map).context(|| format!("open disk {name}"))?;
         let data = folder.open_file(disk_file(disk, DiskPart::Data), Access::ReadWrite)?;
@@ -254,9 +324,13 @@ impl Store {
         let data = folder.storage(data, format!("data of {name}"));
         let data = Box::new(data.with_direct(folder.open_direct(disk_file(disk, DiskPart::Data))));
         let files = LayerFiles { data, map: Box::new(map) };
-        let open = if self.accept_loss { Overlay::open_accepting_loss } else { Overlay::open };
+        let open = match (is_kept, self.accept_loss) {
+            (true, _) => Overlay::adopt,
+            (false, true) => Overlay::open_accepting_loss,
+            (false, false) => Overlay::open,
+        };
         let overlay = open(&name, files, base, &live_map)?.within(Arc::clone(self.room()?));
-        Ok(Disk::Overlay(Box::new(overlay)))
+        Ok(Kind::Overlay(Box::new(overlay)))
     }
 
     /// The files of an overlay, to be mended; its lock is held as long as they are open.
@@ -285,9 +359,11 @@ impl Store {
             ErrorKind::NotFound => no_such_disk(instance, disk),
             _ => error,
         })?;
+        let is_kept = self.in_service && self.is_marked(instance, disk)?;
+        let most = if is_kept { ADOPTION_ATTEMPTS } else { LOCK_ATTEMPTS };
         let mut attempts = 1;
         while !try_lock(&file, Share::Exclusive).context(|| format!("lock {instance}/{disk}"))? {
-            if attempts == LOCK_ATTEMPTS {
+            if attempts == most {
                 return Err(self.busy_disk(instance, disk));
             }
             attempts += 1;
@@ -297,6 +373,9 @@ impl Store {
         let stat = rustix::fs::fstat(&file).context(|| format!("look up {instance}/{disk}"))?;
         if stat.st_nlink == 0 {
             return Err(no_such_disk(instance, disk));
+        }
+        if self.is_kept_by_daemon(instance, disk)? {
+            return Err(self.busy_disk(instance, disk));
         }
         Ok(file)
     }
@@ -364,63 +443,17 @@ impl Store {
         })
     }
 
-    fn open_map(&self, folder: &Dir, instance: &ObjectName, disk: DiskName) -> Result<FileStorage> {
+    pub(super) fn open_map(
+        &self,
+        folder: &Dir,
+        instance: &ObjectName,
+        disk: DiskName,
+    ) -> Result<FileStorage> {
         match folder.open_file(disk_file(disk, DiskPart::Map), Access::Read) {
             Ok(file) => Ok(FileStorage::new(file, format!("map of {instance}/{disk}"))),
             Err(error) if error.kind() == ErrorKind::NotFound => Err(no_such_disk(instance, disk)),
             Err(error) => Err(error),
         }
-    }
-
-    /// Where each byte of a disk comes from, whether it is open or not. Changes nothing; of a disk that is being
-    /// written to it shows some moment, not necessarily the same for all parts.
-    ///
-    /// # Errors
-    /// [`ErrorKind::NotFound`] if there is no such disk; [`ErrorKind::Corrupt`] if its map or its base is damaged.
-    pub fn disk_map(&self, instance: &ObjectName, disk: DiskName) -> Result<DiskMap> {
-        let folder = self.instance_dir(instance)?;
-        if folder.has(disk_file(disk, DiskPart::Raw))? {
-            let file = folder.open_file(disk_file(disk, DiskPart::Raw), Access::Read)?;
-            let file = FileStorage::new(file, format!("{instance}/{disk}"));
-            let size = file.size()?;
-            let mut extents = Extents::default();
-            let (data, zero) = (DiskExtentKind::Data, DiskExtentKind::Zero);
-            extents.add_file(|at| file.next_data(at), |at| file.next_hole(at), 0, size, data, zero)?;
-            return Ok(DiskMap { size, base: None, block_bytes: None, extents: extents.0 });
-        }
-        let map = self.open_map(&folder, instance, disk)?;
-        let superblock = read_superblock(&map).context(|| format!("read the map of {instance}/{disk}"))?;
-        let live_map = self.run_dir()?.join(live_map_name(superblock.layer));
-        let reader = MapReader::open(&format!("{instance}/{disk}"), map, &live_map)?;
-        let base = match superblock.base {
-            BaseRef::Blank => BaseImage::blank(),
-            BaseRef::Image { id, .. } => {
-                BaseImage::image(id, Box::new(FileStorage::new(self.open_base(&id)?, format!("base {id}"))))?
-            }
-        };
-        let geometry = reader.superblock().geometry;
-        let mut extents = Extents::default();
-        for run in reader.extents() {
-            let (offset, len) = geometry.bytes_of(run.span);
-            match run.state {
-                BlockState::Data => extents.add(offset, len, DiskExtentKind::Data),
-                BlockState::Zero => extents.add(offset, len, DiskExtentKind::Zero),
-                BlockState::Base => extents.add_file(
-                    |at| base.next_data(at),
-                    |at| base.next_hole(at),
-                    offset,
-                    offset + len,
-                    DiskExtentKind::Base,
-                    DiskExtentKind::BaseZero,
-                )?,
-            }
-        }
-        Ok(DiskMap {
-            size: geometry.size(),
-            base: Some(superblock.base),
-            block_bytes: Some(geometry.block_bytes()),
-            extents: extents.0,
-        })
     }
 
     /// Removes the live maps of layers that are gone. They only take memory, so a failure is only noted.

@@ -1,7 +1,13 @@
-//! Where the bytes of a disk come from, in parts.
+//! Where each byte of a disk comes from.
 
-use crate::error::Result;
-use crate::format::BaseRef;
+use super::Store;
+use super::dir::Access;
+use super::layout::{DiskPart, disk_file};
+use super::names::{DiskName, ObjectName};
+use crate::error::{Context, Result};
+use crate::format::{BaseRef, BlockState};
+use crate::overlay::{BaseImage, MapReader, live_map_name, read_superblock};
+use crate::storage::{FileStorage, Storage};
 
 /// Where the bytes of a part of a disk come from.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -40,13 +46,65 @@ pub struct DiskMap {
     pub extents: Vec<DiskExtent>,
 }
 
+impl Store {
+    /// Where each byte of a disk comes from, whether it is open or not. Changes nothing; of a disk that is being
+    /// written to it shows some moment, not necessarily the same for all parts.
+    ///
+    /// # Errors
+    /// [`ErrorKind::NotFound`] if there is no such disk; [`ErrorKind::Corrupt`] if its map or its base is damaged.
+    pub fn disk_map(&self, instance: &ObjectName, disk: DiskName) -> Result<DiskMap> {
+        let folder = self.instance_dir(instance)?;
+        if folder.has(disk_file(disk, DiskPart::Raw))? {
+            let file = folder.open_file(disk_file(disk, DiskPart::Raw), Access::Read)?;
+            let file = FileStorage::new(file, format!("{instance}/{disk}"));
+            let size = file.size()?;
+            let mut extents = Extents::default();
+            let (data, zero) = (DiskExtentKind::Data, DiskExtentKind::Zero);
+            extents.add_file(|at| file.next_data(at), |at| file.next_hole(at), 0, size, data, zero)?;
+            return Ok(DiskMap { size, base: None, block_bytes: None, extents: extents.0 });
+        }
+        let map = self.open_map(&folder, instance, disk)?;
+        let superblock = read_superblock(&map).context(|| format!("read the map of {instance}/{disk}"))?;
+        let live_map = self.run_dir()?.join(live_map_name(superblock.layer));
+        let reader = MapReader::open(&format!("{instance}/{disk}"), map, &live_map)?;
+        let base = match superblock.base {
+            BaseRef::Blank => BaseImage::blank(),
+            BaseRef::Image { id, .. } => {
+                BaseImage::image(id, Box::new(FileStorage::new(self.open_base(&id)?, format!("base {id}"))))?
+            }
+        };
+        let geometry = reader.superblock().geometry;
+        let mut extents = Extents::default();
+        for run in reader.extents() {
+            let (offset, len) = geometry.bytes_of(run.span);
+            match run.state {
+                BlockState::Data => extents.add(offset, len, DiskExtentKind::Data),
+                BlockState::Zero => extents.add(offset, len, DiskExtentKind::Zero),
+                BlockState::Base => extents.add_file(
+                    |at| base.next_data(at),
+                    |at| base.next_hole(at),
+                    offset,
+                    offset + len,
+                    DiskExtentKind::Base,
+                    DiskExtentKind::BaseZero,
+                )?,
+            }
+        }
+        Ok(DiskMap {
+            size: geometry.size(),
+            base: Some(superblock.base),
+            block_bytes: Some(geometry.block_bytes()),
+            extents: extents.0,
+        })
+    }
+}
+
 /// Extents that join with their neighbours of the same kind.
 #[derive(Default)]
-pub(super) struct Extents(pub(super) Vec<DiskExtent>);
+struct Extents(Vec<DiskExtent>);
 
 impl Extents {
-    /// Adds a part behind those that are there.
-    pub(super) fn add(&mut self, offset: u64, len: u64, kind: DiskExtentKind) {
+    fn add(&mut self, offset: u64, len: u64, kind: DiskExtentKind) {
         match self.0.last_mut() {
             Some(last) if last.kind == kind && last.offset + last.len == offset => last.len += len,
             _ if len > 0 => self.0.push(DiskExtent { offset, len, kind }),
@@ -55,7 +113,7 @@ impl Extents {
     }
 
     /// Adds `from..to` of a file as data and holes.
-    pub(super) fn add_file(
+    fn add_file(
         &mut self,
         next_data: impl Fn(u64) -> Result<Option<u64>>,
         next_hole: impl Fn(u64) -> Result<u64>,

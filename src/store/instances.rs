@@ -414,7 +414,8 @@ impl Store {
                 continue;
             }
             let file = folder.open_file(disk_file(disk, part), Access::Read)?;
-            if !try_lock(&file, Share::Exclusive).context(|| format!("lock {disk}"))? {
+            let is_free = try_lock(&file, Share::Exclusive).context(|| format!("lock {disk}"))?;
+            if !is_free || self.is_kept_by_daemon(name, disk)? {
                 return Err(self.busy_disk(name, disk));
             }
             let storage = FileStorage::new(file, disk.as_str());

@@ -9,6 +9,7 @@
 //! (`atomic.rs`). A boot file is not locked: who has it open keeps its bytes when it is removed. Order: store lock, then any of the others, and those never waiting.
 
 use std::fs::File;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -112,6 +113,8 @@ struct ServerRecord {
 #[derive(Debug)]
 pub struct ServeLock {
     file: File,
+    /// Whether the file speaks of this process.
+    is_ours: bool,
 }
 
 impl ServeLock {
@@ -126,6 +129,32 @@ impl ServeLock {
             attempts += 1;
             std::thread::sleep(SERVE_PAUSE);
         }
+        let lock = Self { file, is_ours: true };
+        lock.sign(mountpoint, space)?;
+        Ok(lock)
+    }
+
+    /// The lock that another process of the same daemon holds as well: it is held as long as one of them lives.
+    pub fn shared(descriptor: OwnedFd) -> Self {
+        Self { file: descriptor.into(), is_ours: false }
+    }
+
+    /// That other process has died: the lock's file speaks of this one from now on.
+    ///
+    /// # Errors
+    /// Those of the host.
+    pub fn inherit(&mut self, mountpoint: &Path, space: SpacePolicy) -> Result<()> {
+        self.is_ours = true;
+        self.sign(mountpoint, space)
+    }
+
+    /// Its descriptor, to be shared with another process.
+    pub fn descriptor(&self) -> BorrowedFd<'_> {
+        self.file.as_fd()
+    }
+
+    /// Writes down that this process is the one that serves.
+    fn sign(&self, mountpoint: &Path, space: SpacePolicy) -> Result<()> {
         let mountpoint = mountpoint.to_str().ok_or_else(|| {
             Error::new(ErrorKind::Invalid, format!("mountpoint {}: must be UTF-8", mountpoint.display()))
         })?;
@@ -136,14 +165,15 @@ impl ServeLock {
             reserve: space.reserve,
             high_water_percent: Some(space.high_water_percent),
         };
-        write_contents(&file, &record::encode(&contents)?)?;
-        Ok(Self { file })
+        write_contents(&self.file, &record::encode(&contents)?)
     }
 }
 
 impl Drop for ServeLock {
     fn drop(&mut self) {
-        if let Err(error) = write_contents(&self.file, b"") {
+        if self.is_ours
+            && let Err(error) = write_contents(&self.file, b"")
+        {
             log::warn!("clear the daemon's lock file: {error}");
         }
     }

@@ -28,6 +28,7 @@ mod images;
 mod instances;
 mod layout;
 mod lock;
+mod marks;
 mod names;
 mod plain;
 mod progress;
@@ -79,6 +80,8 @@ pub struct Store {
     superblock_fault: Option<Error>,
     run_dir_wanted: Option<PathBuf>,
     accept_loss: bool,
+    /// Whether this process is one of the daemon that serves the store.
+    in_service: bool,
     space_policy: Option<SpacePolicy>,
     /// Made when it is first needed.
     room: OnceLock<Arc<Room>>,
@@ -173,6 +176,7 @@ impl Store {
             superblock_fault,
             run_dir_wanted: None,
             accept_loss: false,
+            in_service: false,
             space_policy: None,
             room: OnceLock::new(),
             bases: open(layout::BASES)?,

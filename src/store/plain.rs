@@ -35,6 +35,15 @@ impl PlainDisk {
         // What a failed sync of an earlier daemon left in the host's cache, and only there, must not be read as written.
         inner.sync()?;
         inner.drop_cache()?;
+        Self::adopt(name, inner)
+    }
+
+    /// Takes the storage of a disk that an earlier process of the same mount had open, no sync of which had failed: what is
+    /// in the host's cache counts.
+    ///
+    /// # Errors
+    /// Those of [`PlainDisk::open`].
+    pub fn adopt(name: &str, inner: Box<dyn Storage>) -> Result<Self> {
         let size = inner.size()?;
         check_disk_bytes(size)
             .map_err(|error| Error::caused(ErrorKind::Corrupt, format!("open disk {name}"), error))?;

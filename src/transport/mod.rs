@@ -16,6 +16,8 @@ use std::os::fd::OwnedFd;
 use std::str::FromStr;
 use std::sync::Arc;
 
+pub use dev_fuse::Connection;
+
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::fs::Fs;
 
@@ -79,16 +81,23 @@ pub enum Session {
 }
 
 impl Session {
-    /// Answers the kernel's INIT on a descriptor that has just been mounted and starts `threads` threads, at least 1.
-    /// Requests are answered when this returns.
+    /// A session of [`Transport::Fuser`]: answers the kernel's INIT on a descriptor that has just been mounted and starts
+    /// `threads` threads, at least 1. Requests are answered when this returns. No other process can take it over.
     ///
     /// # Errors
     /// If the kernel speaks no version of the protocol that we do.
-    pub fn start(transport: Transport, device: OwnedFd, fs: Arc<Fs>, threads: usize) -> Result<Self> {
-        Ok(match transport {
-            Transport::DevFuse => Self::DevFuse(dev_fuse::DevFuseSession::start(device, fs, threads)?),
-            Transport::Fuser => Self::Fuser(fuser::FuserSession::start(device, fs, threads)?),
-        })
+    pub fn begin(device: OwnedFd, fs: Arc<Fs>, threads: usize) -> Result<Self> {
+        Ok(Self::Fuser(fuser::FuserSession::start(device, fs, threads)?))
+    }
+
+    /// A session of [`Transport::DevFuse`] on a connection that has begun, with `threads` threads, at least one for each of its descriptors.
+    /// Requests are answered when this returns. With `resend` the kernel sends again what processes before this one, all
+    /// of which have ended, had read and not answered.
+    ///
+    /// # Errors
+    /// Those of the host.
+    pub fn take_over(connection: Connection, fs: Arc<Fs>, threads: usize, resend: bool) -> Result<Self> {
+        Ok(Self::DevFuse(dev_fuse::DevFuseSession::start(connection, fs, threads, resend)?))
     }
 
     /// Waits until the mount has gone away and every request is answered.

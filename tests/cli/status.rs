@@ -207,10 +207,14 @@ fn a_socket_that_a_killed_daemon_left_is_replaced() {
     }
     let mounted = Mounted::new();
     let place = &mounted.0;
-    let pid = || place.json(&["status", "--json"])["daemon"]["pid"].as_i64().unwrap();
+    let daemon = || place.json(&["status", "--json"])["daemon"].clone();
+    let pid = || daemon()["pid"].as_i64().unwrap();
     let first = pid();
-    let process = rustix::process::Pid::from_raw(i32::try_from(first).unwrap()).unwrap();
-    rustix::process::kill_process(process, rustix::process::Signal::KILL).unwrap();
+    // The one that keeps the mount first, for it would have another one take over.
+    for pid in [daemon()["keeper"]["pid"].as_i64(), Some(first)].into_iter().flatten() {
+        let process = rustix::process::Pid::from_raw(i32::try_from(pid).unwrap()).unwrap();
+        rustix::process::kill_process(process, rustix::process::Signal::KILL).unwrap();
+    }
     // While its process ends it is neither there nor gone.
     while !text(&place.run(&["status"]).stdout).ends_with("not mounted\n") {}
     assert!(socket(place).exists());

@@ -244,11 +244,27 @@ impl TestMount {
         self.mount().unwrap();
     }
 
-    /// `kill -9`; the dead mount stays.
+    /// `kill -9` of all processes of the daemon; the dead mount stays.
     pub fn kill(&mut self) {
+        let workers = children_of(self.pid());
+        let mut daemon = self.daemon.take().expect("mounted");
+        // First of all, for it would have another one take over.
+        daemon.kill().unwrap();
+        daemon.wait().unwrap();
+        workers.into_iter().for_each(kill_and_wait);
+    }
+
+    /// `kill -9` of the process that keeps the mount alone.
+    pub fn kill_keeper(&mut self) {
         let mut daemon = self.daemon.take().expect("mounted");
         daemon.kill().unwrap();
         daemon.wait().unwrap();
+    }
+
+    /// The process that answers requests for the one that keeps the mount; waits until there is one.
+    pub fn worker(&self) -> u32 {
+        self.wait_until("another process", || !children_of(self.pid()).is_empty());
+        children_of(self.pid())[0]
     }
 
     /// Waits until something becomes true.
@@ -268,11 +284,36 @@ impl TestMount {
     }
 }
 
+/// The processes that another one has started.
+pub fn children_of(pid: u32) -> Vec<u32> {
+    let parent = |stat: &str| stat.rsplit(") ").next()?.split(' ').nth(1)?.parse::<u32>().ok();
+    let processes = std::fs::read_dir("/proc").unwrap().flatten();
+    let numbers = processes.filter_map(|entry| entry.file_name().to_str()?.parse::<u32>().ok());
+    numbers
+        .filter(|number| {
+            let stat = std::fs::read_to_string(format!("/proc/{number}/stat"));
+            stat.is_ok_and(|stat| parent(&stat) == Some(pid))
+        })
+        .collect()
+}
+
+/// `kill -9`; returns when the process, which need not be ours, has ended.
+pub fn kill_and_wait(pid: u32) {
+    use rustix::process::{Pid, PidfdFlags, Signal};
+    let pid = Pid::from_raw(pid.try_into().unwrap()).unwrap();
+    let Ok(process) = rustix::process::pidfd_open(pid, PidfdFlags::empty()) else { return };
+    let _ = rustix::process::pidfd_send_signal(&process, Signal::KILL);
+    let mut awaited = [rustix::event::PollFd::new(&process, rustix::event::PollFlags::IN)];
+    rustix::io::retry_on_intr(|| rustix::event::poll(&mut awaited, None)).unwrap();
+}
+
 impl Drop for TestMount {
     fn drop(&mut self) {
         if let Some(mut daemon) = self.daemon.take() {
             if daemon::unmount(&self.mountpoint()).is_err() {
+                let workers = children_of(daemon.id());
                 let _ = daemon.kill();
+                workers.into_iter().for_each(kill_and_wait);
             }
             let _ = daemon.wait();
         }

@@ -144,16 +144,23 @@ impl Place {
         self.mount();
     }
 
-    /// `kill -9`; the dead mount stays.
+    fn opened_store(&self) -> cowdisk::store::Store {
+        cowdisk::store::Store::open(&self.folder.join("store")).unwrap()
+    }
+
+    /// `kill -9` of all processes of the daemon; the dead mount stays.
     pub fn kill_daemon(&self) {
-        let store = cowdisk::store::Store::open(&self.folder.join("store")).unwrap();
-        let serving = store.serving().unwrap().expect("mounted");
-        let pid = rustix::process::Pid::from_raw(serving.pid.try_into().unwrap()).unwrap();
-        rustix::process::kill_process(pid, rustix::process::Signal::KILL).unwrap();
+        let store = self.opened_store();
+        let worker = cowdisk::daemon::status(&store).unwrap().expect("mounted").pid;
         let end = Instant::now() + PATIENCE;
-        while store.serving().unwrap().is_some() {
+        // The one that keeps the mount first, for it would have another one take over.
+        let mut next = store.serving().unwrap();
+        while let Some(serving) = next {
+            kill(serving.pid);
+            kill(worker);
             assert!(Instant::now() < end, "the daemon goes on after it was killed");
             std::thread::sleep(PAUSE);
+            next = store.serving().unwrap();
         }
     }
 
@@ -399,4 +406,10 @@ fn guest_image() -> PathBuf {
 
 fn script(name: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("scripts").join(name)
+}
+
+/// `kill -9`, if it is still there.
+fn kill(pid: u32) {
+    let pid = rustix::process::Pid::from_raw(pid.try_into().unwrap()).unwrap();
+    let _ = rustix::process::kill_process(pid, rustix::process::Signal::KILL);
 }

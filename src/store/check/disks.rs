@@ -55,7 +55,10 @@ impl Store {
     ) -> Result<()> {
         let folder = self.instance_dir_of(&instance.name, instance.id)?;
         let locked = if instance.cow { DiskPart::Map } else { DiskPart::Raw };
-        let in_use = || is_in_use(&folder, disk_file(disk, locked));
+        let in_use = || -> Result<bool> {
+            Ok(is_in_use(&folder, disk_file(disk, locked))?
+                || self.is_kept_by_daemon(&instance.name, disk)?)
+        };
         report.disks += 1;
         let used = in_use()?;
         if used {

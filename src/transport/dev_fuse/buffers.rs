@@ -15,13 +15,15 @@ const PAYLOAD_BYTES: usize = {
 };
 
 /// Memory for one request, placed so that the payload of a WRITE is aligned to a page: it then goes past the host's cache
-/// from where it is. What was never used takes no memory.
+/// from where it is.
 pub struct RequestBuffer(Vec<u8>);
 
 impl RequestBuffer {
     /// Memory for the largest request.
     pub fn new() -> Self {
-        Self(vec![0; 2 * PAGE + PAYLOAD_BYTES])
+        // Not zeroes, so that every page is there: a process that is killed while the kernel copies a request into a page
+        // that still has to be found would cost that request an EIO.
+        Self(vec![1; 2 * PAGE + PAYLOAD_BYTES])
     }
 
     /// Where a request is read to.

@@ -8,11 +8,8 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use rustix::io::Errno as Os;
 use zerocopy::IntoBytes;
 
-use super::control;
 use super::wire::OutHeader;
-use crate::error::{Context, Result};
 use crate::fs::Errno;
-use crate::transport::mount;
 
 /// A descriptor of a connection with the kernel: the first one, or a clone with a queue of its own.
 #[derive(Debug)]
@@ -43,16 +40,9 @@ impl Channel {
         Self { fd }
     }
 
-    /// Another descriptor of the same connection, reading from which does not wait. Requests read from it have a queue of
-    /// their own, so that threads with descriptors of their own do not wait for each other.
-    ///
-    /// # Errors
-    /// Those of the kernel.
-    pub fn clone_connection(&self) -> Result<Self> {
-        let fd = mount::open_device()?;
-        control::clone_connection(self.fd.as_fd(), fd.as_fd()).context(|| "clone /dev/fuse")?;
-        rustix::io::ioctl_fionbio(&fd, true).context(|| "have /dev/fuse not wait")?;
-        Ok(Self { fd })
+    /// Its descriptor.
+    pub fn into_descriptor(self) -> OwnedFd {
+        self.fd
     }
 
     /// Reads one request into `buffer`, which must be as long as the largest.

@@ -22,7 +22,8 @@ const WANTED: u64 = can::ASYNC_READ
     | can::READDIRPLUS_AUTO
     | can::INIT_EXT
     // Shared mappings of files that bypass the page cache.
-    | can::DIRECT_IO_ALLOW_MMAP;
+    | can::DIRECT_IO_ALLOW_MMAP
+    | can::HAS_RESEND;
 
 /// The answer to the kernel's offer. `None`: it speaks a newer major version and will ask again with ours.
 ///
@@ -55,6 +56,27 @@ pub fn negotiate(offer: &InitIn, flags2: u32) -> Result<Option<InitOut>> {
     }))
 }
 
+/// Whether the kernel can send again what was read and not answered: Linux 6.9 and newer.
+pub fn can_resend(agreed: &InitOut) -> bool {
+    u64::from(agreed.flags2) << 32 & can::HAS_RESEND != 0
+}
+
+/// Checks what a process before this one has agreed on: this one must be able to keep to it.
+///
+/// # Errors
+/// [`ErrorKind::Unsupported`] if it is not.
+pub fn check_agreed(agreed: &InitOut) -> Result<()> {
+    let version = agreed.major == MAJOR && (MINOR_MIN..=MINOR_MAX).contains(&agreed.minor);
+    if version && agreed.max_write <= REQUEST_BYTES_MAX {
+        return Ok(());
+    }
+    let message = format!(
+        "the kernel was promised FUSE {}.{} with requests of {} bytes, which this version cannot take over",
+        agreed.major, agreed.minor, agreed.max_write
+    );
+    Err(Error::new(ErrorKind::Unsupported, message))
+}
+
 /// What to say to a kernel of a newer major version.
 pub fn our_version() -> InitOut {
     InitOut { major: MAJOR, minor: MINOR_MAX, ..InitOut::default() }
@@ -71,7 +93,9 @@ mod tests {
         assert_eq!((answer.minor, answer.flags2, answer.max_readahead), (38, 0, 131_072));
         assert_ne!(u64::from(answer.flags) & can::ASYNC_DIO, 0);
         let newer = negotiate(&InitIn { minor: 99, ..offer }, u32::MAX).unwrap().unwrap();
-        assert_eq!((newer.minor, u64::from(newer.flags2) << 32), (MINOR_MAX, can::DIRECT_IO_ALLOW_MMAP));
+        let flags2 = u64::from(newer.flags2) << 32;
+        assert_eq!((newer.minor, flags2), (MINOR_MAX, can::DIRECT_IO_ALLOW_MMAP | can::HAS_RESEND));
+        assert!(can_resend(&newer) && !can_resend(&answer));
         let bare = negotiate(&InitIn { flags: 0, ..offer }, 0).unwrap().unwrap();
         assert_eq!((bare.flags, bare.flags2), (0, 0));
     }
@@ -83,6 +107,20 @@ mod tests {
         for (major, minor) in [(7, 30), (6, 99)] {
             let error = negotiate(&InitIn { major, minor, ..offer }, 0).unwrap_err();
             assert_eq!(error.kind(), ErrorKind::Unsupported);
+        }
+    }
+
+    #[test]
+    fn what_an_older_process_promised_must_be_kept_to() {
+        let offer = InitIn { major: 7, minor: 45, max_readahead: 0, flags: u32::MAX };
+        let agreed = negotiate(&offer, u32::MAX).unwrap().unwrap();
+        check_agreed(&agreed).unwrap();
+        for other in [
+            InitOut { max_write: REQUEST_BYTES_MAX + 1, ..agreed },
+            InitOut { minor: MINOR_MAX + 1, ..agreed },
+            InitOut::default(),
+        ] {
+            assert_eq!(check_agreed(&other).unwrap_err().kind(), ErrorKind::Unsupported);
         }
     }
 }

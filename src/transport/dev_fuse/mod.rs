@@ -1,8 +1,8 @@
 //! A transport of our own on `/dev/fuse`.
 //!
 //! `wire.rs` has the kernel's structures, `request.rs` understands what it sends, `serve.rs` does it and answers,
-//! `channel.rs` moves the bytes, `readers.rs` are the threads that read requests. Each has a descriptor of its own, from
-//! which it reads and to which its requests are answered, by whomever.
+//! `channel.rs` moves the bytes, `connection.rs` is what outlives the process that serves, `readers.rs` are the threads that
+//! read requests. Each has a descriptor of its own, from which it reads and to which its requests are answered, by whomever.
 //!
 //! A reader does itself what memory answers: reads of what the host has cached, overwrites through the host's cache, names
 //! and attributes. Reads and writes that wait for the host's disk go to the threads of the disk lane, with their buffers
@@ -18,6 +18,7 @@
 mod answers;
 mod buffers;
 mod channel;
+mod connection;
 mod control;
 mod init;
 mod readers;
@@ -25,20 +26,15 @@ pub mod request;
 mod serve;
 pub mod wire;
 
-use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
-use zerocopy::IntoBytes;
+pub use connection::Connection;
 
-use buffers::RequestBuffer;
-use channel::{Channel, Received};
 use readers::Readers;
-use request::{Operation, Request, parse};
 use serve::Server;
 
-use super::mount;
 use super::slow_lane::SlowLane;
-use crate::error::{Context, Error, ErrorKind, Result};
+use crate::error::Result;
 use crate::fs::Fs;
 
 /// Threads for requests that wait for the host's disk.
@@ -54,24 +50,21 @@ pub struct DevFuseSession {
 }
 
 impl DevFuseSession {
-    /// Answers the kernel's INIT on a descriptor that has just been mounted and starts `threads` threads, at least 1.
-    /// Requests are answered when this returns.
+    /// Starts `threads` threads on the descriptors of `connection`, at least one on each. Requests are answered when this
+    /// returns, and those that an earlier process left unanswered are sent again if `resend` says so.
     ///
     /// # Errors
-    /// If the kernel speaks no version of the protocol that we do.
-    pub fn start(device: OwnedFd, fs: Arc<Fs>, threads: usize) -> Result<Self> {
-        let first = Channel::new(device);
-        begin(&first)?;
+    /// Those of the host.
+    pub fn start(connection: Connection, fs: Arc<Fs>, threads: usize, resend: bool) -> Result<Self> {
         let server =
             Arc::new(Server::new(fs, SlowLane::start(SLOW_THREADS)?, SlowLane::start(DISK_THREADS)?));
-        let first = Arc::new(first);
-        // A daemon that has become an ordinary user may not be allowed to open the device again; the threads then share
-        // the one descriptor.
-        let may_clone = mount::may_open_device();
-        let mut channels = vec![Arc::clone(&first)];
-        for _ in 1..threads {
-            channels.push(if may_clone { Arc::new(first.clone_connection()?) } else { Arc::clone(&first) });
+        if resend {
+            connection.resend()?;
         }
+        let connected: Vec<_> = connection.into_channels().map(Arc::new).collect();
+        // With one descriptor alone the threads share it.
+        let count = threads.max(connected.len());
+        let channels = (0..count).map(|number| Arc::clone(&connected[number % connected.len()])).collect();
         Ok(Self { readers: Readers::start(channels, server)? })
     }
 
@@ -81,25 +74,5 @@ impl DevFuseSession {
     /// If a thread ended before that.
     pub fn wait(self) -> Result<()> {
         self.readers.wait()
-    }
-}
-
-/// Answers the kernel's INIT.
-fn begin(channel: &Channel) -> Result<()> {
-    let what = || "begin the session with the kernel";
-    let mut buffer = RequestBuffer::new();
-    loop {
-        let bytes = buffer.bytes();
-        let Received::Bytes(count) = channel.receive(bytes).context(what)? else {
-            return Err(Error::new(ErrorKind::Io, format!("{}: it has ended", what())));
-        };
-        let Ok(Request { header, operation: Operation::Init(offer, flags2) }) = parse(&bytes[..count]) else {
-            return Err(Error::new(ErrorKind::Io, format!("{}: it did not begin with INIT", what())));
-        };
-        if let Some(answer) = init::negotiate(&offer, flags2).context(what)? {
-            channel.answer(header.unique, &[answer.as_bytes()]);
-            return Ok(());
-        }
-        channel.answer(header.unique, &[init::our_version().as_bytes()]);
     }
 }

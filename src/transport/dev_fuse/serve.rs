@@ -7,13 +7,14 @@ use zerocopy::IntoBytes;
 use super::answers::{self, Names};
 use super::buffers::{RequestBuffer, SpareBuffers};
 use super::channel::{Channel, Reply};
+use super::connection::request_id;
 use super::init::REQUEST_BYTES_MAX;
 use super::request::{Malformed, Operation, Request, forgets, parse};
 use super::wire::{
     FallocateIn, GetxattrOut, IoctlIn, IoctlOut, LseekIn, LseekOut, OpenIn, OpenOut, ReadIn, ReleaseIn,
     SetattrIn, WRITE_CACHE, WriteIn, WriteOut, open_flag,
 };
-use crate::fs::{Errno, Fs, HandleId, NumberedEntry, OpenMode, Outcome};
+use crate::fs::{Errno, Fs, HandleId, NumberedEntry, OpenMode, Outcome, RequestId};
 use crate::storage::Way;
 use crate::transport::about::{About, guarded};
 use crate::transport::scratch::with_buffer;
@@ -111,7 +112,10 @@ impl Server {
                     }
                     // Requests end by themselves, so none needs to be taken back.
                     Operation::Interrupt => {}
-                    other => self.serve_rare(Reply::new(Arc::clone(channel), unique), ino, other),
+                    other => {
+                        let reply = Reply::new(Arc::clone(channel), unique);
+                        self.serve_rare(reply, request_id(unique), ino, other);
+                    }
                 }
             }
             Err(Malformed::Headless) => log::error!("the kernel sent {} bytes, no request", bytes.len()),
@@ -191,11 +195,11 @@ impl Server {
     }
 
     /// Everything but reads and writes: what may wait for the host's disk goes to the slow lane.
-    fn serve_rare(&self, reply: Reply, ino: u64, operation: Operation<'_>) {
+    fn serve_rare(&self, reply: Reply, request: RequestId, ino: u64, operation: Operation<'_>) {
         log::debug!("{} ino {ino}", operation.name());
         match operation {
-            Operation::Open(arguments) => self.open(reply, ino, arguments),
-            Operation::Release(arguments) => self.release(reply, ino, arguments),
+            Operation::Open(arguments) => self.open(reply, request, ino, arguments),
+            Operation::Release(arguments) => self.release(reply, request, ino, arguments),
             Operation::Fsync(arguments) => self.slowly("fsync", reply, ino, done, move |fs| {
                 // Attributes are durable as soon as they are changed, so data is all there is to sync.
                 fs.sync(HandleId(arguments.fh))
@@ -205,18 +209,20 @@ impl Server {
             Operation::Setxattr { name, value, flags } => {
                 let (name, value) = (name.to_owned(), value.to_vec());
                 let flags = flags.cast_signed();
-                self.slowly("setxattr", reply, ino, done, move |fs| fs.set_xattr(ino, &name, value, flags));
+                self.slowly("setxattr", reply, ino, done, move |fs| {
+                    fs.set_xattr(ino, &name, value, flags, request)
+                });
             }
             Operation::Removexattr(name) => {
                 let name = name.to_owned();
-                self.slowly("removexattr", reply, ino, done, move |fs| fs.remove_xattr(ino, &name));
+                self.slowly("removexattr", reply, ino, done, move |fs| fs.remove_xattr(ino, &name, request));
             }
-            other => self.serve_at_once(reply, ino, other),
+            other => self.serve_at_once(reply, request, ino, other),
         }
     }
 
     /// What is answered by the thread that read it.
-    fn serve_at_once(&self, reply: Reply, ino: u64, operation: Operation<'_>) {
+    fn serve_at_once(&self, reply: Reply, request: RequestId, ino: u64, operation: Operation<'_>) {
         let fs = &self.fs;
         let about = |operation| About::new(operation, ino);
         match operation {
@@ -241,14 +247,19 @@ impl Server {
                 });
             }
             Operation::Opendir => {
-                respond(reply, about("opendir"), guarded(|| fs.open_directory(ino)), |reply, handle| {
-                    reply.answer(&[OpenOut { fh: handle.0, ..OpenOut::default() }.as_bytes()]);
-                });
+                respond(
+                    reply,
+                    about("opendir"),
+                    guarded(|| fs.open_directory(ino, request)),
+                    |reply, handle| {
+                        reply.answer(&[OpenOut { fh: handle.0, ..OpenOut::default() }.as_bytes()]);
+                    },
+                );
             }
             Operation::Readdir(arguments) => self.read_directory(reply, ino, &arguments),
             Operation::Readdirplus(arguments) => self.read_directory_plus(reply, ino, &arguments),
             Operation::Releasedir(arguments) => {
-                let outcome = guarded(|| fs.close(HandleId(arguments.fh)));
+                let outcome = guarded(|| fs.close(HandleId(arguments.fh), request));
                 respond(reply, about("releasedir"), outcome, done);
             }
             Operation::Getxattr { name, size } => {
@@ -283,18 +294,18 @@ impl Server {
         });
     }
 
-    fn open(&self, reply: Reply, ino: u64, arguments: OpenIn) {
+    fn open(&self, reply: Reply, request: RequestId, ino: u64, arguments: OpenIn) {
         let flags = arguments.flags.cast_signed();
         let write = flags & libc::O_ACCMODE != libc::O_RDONLY;
         let mode = OpenMode { write, truncate: flags & libc::O_TRUNC != 0 };
         let send = |reply: Reply, handle: HandleId| {
             reply.answer(&[OpenOut { fh: handle.0, open_flags: FILE_FLAGS, backing_id: 0 }.as_bytes()]);
         };
-        self.slowly("open", reply, ino, send, move |fs| fs.open(ino, mode));
+        self.slowly("open", reply, ino, send, move |fs| fs.open(ino, mode, request));
     }
 
-    fn release(&self, reply: Reply, ino: u64, arguments: ReleaseIn) {
-        self.slowly("release", reply, ino, done, move |fs| fs.close(HandleId(arguments.fh)));
+    fn release(&self, reply: Reply, request: RequestId, ino: u64, arguments: ReleaseIn) {
+        self.slowly("release", reply, ino, done, move |fs| fs.close(HandleId(arguments.fh), request));
     }
 
     fn set_attributes(&self, reply: Reply, ino: u64, arguments: &SetattrIn) {

@@ -71,6 +71,7 @@ pub mod capability {
     pub const HANDLE_KILLPRIV_V2: u64 = 1 << 28;
     pub const INIT_EXT: u64 = 1 << 30;
     pub const DIRECT_IO_ALLOW_MMAP: u64 = 1 << 36;
+    pub const HAS_RESEND: u64 = 1 << 39;
 }
 
 /// Flags of the answer to OPEN, `FOPEN_*`.
@@ -91,6 +92,12 @@ pub mod attribute {
     pub const ATIME_NOW: u32 = 1 << 7;
     pub const MTIME_NOW: u32 = 1 << 8;
 }
+
+/// Tells the kernel to send again what was read and not answered, `FUSE_NOTIFY_RESEND`.
+pub const NOTIFY_RESEND: i32 = 7;
+
+/// Marks the number of a request that the kernel sends again, `FUSE_UNIQUE_RESEND`.
+pub const RESENT: u64 = 1 << 63;
 
 /// A write on behalf of a shared mapping's page, `FUSE_WRITE_CACHE`.
 pub const WRITE_CACHE: u32 = 1;

@@ -15,7 +15,7 @@ use fuser::{
 use super::Server;
 use super::convert::{GENERATION, file_flags, to_file_type, to_kernel, to_set_time};
 use crate::fs::{
-    AttributeChanges, Attributes, Errno, HandleId, NumberedEntry, OpenMode, Outcome, Statistics,
+    AttributeChanges, Attributes, Errno, HandleId, NumberedEntry, OpenMode, Outcome, RequestId, Statistics,
 };
 use crate::storage::Way;
 use crate::transport::about::{About, guarded};
@@ -126,7 +126,7 @@ impl fuser::Filesystem for Server {
         let fs = Arc::clone(&self.fs);
         self.slow.run(ino.0, move || {
             let about = about("open", ino);
-            answer!(about, reply, fs.open(ino.0, mode), |handle: HandleId| {
+            answer!(about, reply, fs.open(ino.0, mode, RequestId::default()), |handle: HandleId| {
                 reply.opened(FileHandle(handle.0), file_flags());
             });
         });
@@ -211,7 +211,7 @@ impl fuser::Filesystem for Server {
         let fs = Arc::clone(&self.fs);
         self.slow.run(ino.0, move || {
             let about = about("release", ino);
-            answer!(about, reply, fs.close(HandleId(handle.0)), |()| reply.ok());
+            answer!(about, reply, fs.close(HandleId(handle.0), RequestId::default()), |()| reply.ok());
         });
     }
 
@@ -233,7 +233,7 @@ impl fuser::Filesystem for Server {
 
     fn opendir(&self, _request: &Request, ino: INodeNo, _flags: OpenFlags, reply: ReplyOpen) {
         let about = about("opendir", ino);
-        answer!(about, reply, self.fs.open_directory(ino.0), |handle: HandleId| {
+        answer!(about, reply, self.fs.open_directory(ino.0, RequestId::default()), |handle: HandleId| {
             reply.opened(FileHandle(handle.0), FopenFlags::empty());
         });
     }
@@ -281,7 +281,7 @@ impl fuser::Filesystem for Server {
         reply: ReplyEmpty,
     ) {
         let about = about("releasedir", ino);
-        answer!(about, reply, self.fs.close(HandleId(handle.0)), |()| reply.ok());
+        answer!(about, reply, self.fs.close(HandleId(handle.0), RequestId::default()), |()| reply.ok());
     }
 
     fn fsyncdir(
@@ -325,7 +325,8 @@ impl fuser::Filesystem for Server {
         let (fs, name, value) = (Arc::clone(&self.fs), name.to_owned(), value.to_vec());
         self.slow.run(ino.0, move || {
             let about = about("setxattr", ino);
-            answer!(about, reply, fs.set_xattr(ino.0, &name, value, flags), |()| reply.ok());
+            answer!(about, reply, fs.set_xattr(ino.0, &name, value, flags, RequestId::default()), |()| reply
+                .ok());
         });
     }
 
@@ -341,7 +342,7 @@ impl fuser::Filesystem for Server {
         let (fs, name) = (Arc::clone(&self.fs), name.to_owned());
         self.slow.run(ino.0, move || {
             let about = about("removexattr", ino);
-            answer!(about, reply, fs.remove_xattr(ino.0, &name), |()| reply.ok());
+            answer!(about, reply, fs.remove_xattr(ino.0, &name, RequestId::default()), |()| reply.ok());
         });
     }
 

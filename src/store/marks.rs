@@ -1,0 +1,144 @@
+//! Marks of the disks that a mount has open: what a disk's lock cannot say while no process of the daemon lives.
+//!
+//! A daemon may be replaced while guests have its disks open. Its locks end with the process that held them, and for a
+//! moment nobody has them, though the disks are in use all the same. So whoever serves the store marks a disk, under its
+//! lock, before it is opened, and takes the mark away after it was closed. A mark counts as long as the store is served;
+//! each mount begins by clearing those of an earlier one.
+//!
+//! To others a marked disk is in use, with or without its lock. To the daemon itself a mark means that an earlier process
+//! of this very mount had the disk open: it is then taken up whole, or refused.
+//!
+//! Marks are empty files in the run directory, so they end with the host's boot; one that holds a byte is of a disk that
+//! refuses writes since a sync of it failed, which a successor must go on doing.
+
+use std::fs::OpenOptions;
+use std::io::{ErrorKind as IoKind, Write};
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::{Path, PathBuf};
+
+use super::Store;
+use super::names::{DiskName, ObjectName};
+use crate::error::{Context, Error, ErrorKind, Result};
+
+/// What the names of marks begin with.
+const PREFIX: &str = "in-use-";
+
+/// The mark of a disk that this process has open.
+#[derive(Debug)]
+pub(super) struct Mark {
+    path: PathBuf,
+}
+
+/// What marking a disk has found.
+#[derive(Debug)]
+pub(super) enum Marked {
+    /// It is opened for the first time, or was closed since.
+    Fresh(Mark),
+    /// An earlier process of this mount had it open.
+    Kept(Mark),
+}
+
+impl Mark {
+    /// The disk was closed.
+    pub(super) fn remove(self) {
+        remove(&self.path);
+    }
+
+    /// A sync of the disk has failed: what the host's cache holds must not be taken for written, by no successor either.
+    pub(super) fn note_latched(&self) {
+        let write = || OpenOptions::new().write(true).open(&self.path)?.write_all(b"!");
+        if let Err(error) = write() {
+            log::error!("mark {} as latched: {error}", self.path.display());
+        }
+    }
+}
+
+fn remove(path: &Path) {
+    match std::fs::remove_file(path) {
+        Err(error) if error.kind() != IoKind::NotFound => {
+            log::warn!("remove the mark {}: {error}", path.display());
+        }
+        _ => {}
+    }
+}
+
+fn path_in(dir: &Path, instance: &ObjectName, disk: DiskName) -> PathBuf {
+    dir.join(format!("{PREFIX}{disk}-{instance}"))
+}
+
+impl Store {
+    /// Says that this process serves the store as one of a daemon that holds the serve lock: the disks that it opens are
+    /// marked, and those that an earlier process had open are taken up whole or refused, whatever
+    /// [`Store::accepting_loss`] says.
+    #[must_use]
+    pub fn in_service(mut self) -> Self {
+        self.in_service = true;
+        self
+    }
+
+    /// Clears the marks of an earlier mount. For whoever holds the serve lock and has not served yet.
+    ///
+    /// # Errors
+    /// Those of the host.
+    pub fn clear_marks(&self) -> Result<()> {
+        let dir = self.run_dir()?;
+        let what = || format!("clear the marks in {}", dir.display());
+        for entry in std::fs::read_dir(&dir).context(what)? {
+            let entry = entry.context(what)?;
+            if entry.file_name().as_encoded_bytes().starts_with(PREFIX.as_bytes()) {
+                std::fs::remove_file(entry.path()).context(what)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Takes away the mark of a disk that could not be taken up, once nobody has it open any more.
+    pub fn give_up_disk(&self, instance: &ObjectName, disk: DiskName) {
+        match self.run_dir() {
+            Ok(dir) => remove(&path_in(&dir, instance, disk)),
+            Err(error) => log::warn!("give up disk {instance}/{disk}: {error}"),
+        }
+    }
+
+    /// Marks a disk whose lock this process has; nothing if it does not serve.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Io`] if a sync of it had failed in an earlier process of this mount; those of the host.
+    pub(super) fn mark(&self, instance: &ObjectName, disk: DiskName) -> Result<Option<Marked>> {
+        if !self.in_service {
+            return Ok(None);
+        }
+        let path = path_in(&self.run_dir()?, instance, disk);
+        let what = || format!("mark disk {instance}/{disk} as in use");
+        let made = OpenOptions::new().write(true).create_new(true).mode(0o600).open(&path);
+        match made {
+            Ok(_) => Ok(Some(Marked::Fresh(Mark { path }))),
+            Err(error) if error.kind() == IoKind::AlreadyExists => {
+                if std::fs::metadata(&path).context(what)?.len() > 0 {
+                    let message = format!(
+                        "disk {instance}/{disk}: a sync of it had failed, and it was not closed since"
+                    );
+                    return Err(Error::new(ErrorKind::Io, message)
+                        .with_hint("what was not flushed is lost: close the disk, and open it again"));
+                }
+                Ok(Some(Marked::Kept(Mark { path })))
+            }
+            Err(error) => Err(Error::io(what(), error)),
+        }
+    }
+
+    /// Whether a disk is marked.
+    pub(super) fn is_marked(&self, instance: &ObjectName, disk: DiskName) -> Result<bool> {
+        Ok(path_in(&self.run_dir()?, instance, disk).exists())
+    }
+
+    /// Whether a disk is in use by the daemon that serves the store, though at this moment perhaps no process has it open.
+    /// For whoever holds its lock.
+    pub(super) fn is_kept_by_daemon(&self, instance: &ObjectName, disk: DiskName) -> Result<bool> {
+        if self.in_service {
+            return Ok(false);
+        }
+        let Some(dir) = self.run_dir_in_use()? else { return Ok(false) };
+        Ok(path_in(&dir, instance, disk).exists() && self.serving()?.is_some())
+    }
+}

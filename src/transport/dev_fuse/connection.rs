@@ -1,0 +1,125 @@
+//! A connection with the kernel, apart from the process that answers on it.
+//!
+//! Whoever mounts begins it and keeps every descriptor of it. As long as one of them is open anywhere, the connection
+//! lives: requests wait for a process that takes it over. What a process had read and not answered, the kernel sends
+//! again when it is asked to ([`Connection::resend`]); a request that comes so has [`RESENT`] in its number.
+
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use zerocopy::{FromBytes, IntoBytes};
+
+use super::buffers::RequestBuffer;
+use super::channel::{Channel, Received};
+use super::control;
+use super::init;
+use super::request::{Operation, Request, parse};
+use super::wire::{InitOut, NOTIFY_RESEND, OutHeader, RESENT};
+use crate::error::{Context, Error, ErrorKind, Result};
+use crate::fs::{AGREED_BYTES, RequestId};
+use crate::transport::mount;
+
+/// A connection of which both sides have agreed on how to speak.
+#[derive(Debug)]
+pub struct Connection {
+    descriptors: Vec<OwnedFd>,
+    agreed: InitOut,
+}
+
+impl Connection {
+    /// Answers the kernel's INIT on a descriptor that has just been mounted, and opens others of the same connection so
+    /// that there are `count`, at least 1, or that one alone for a user who may not open the device.
+    ///
+    /// # Errors
+    /// If the kernel speaks no version of the protocol that we do.
+    pub fn begin(device: OwnedFd, count: usize) -> Result<Self> {
+        let (device, agreed) = begin(Channel::new(device))?;
+        let mut descriptors = vec![device];
+        let count = if mount::may_open_device() { count } else { 1 };
+        for _ in 1..count {
+            let clone = control::open_clone(descriptors[0].as_fd())?;
+            descriptors.push(clone);
+        }
+        Ok(Self { descriptors, agreed })
+    }
+
+    /// Takes over a connection that another process has begun: all of its descriptors, and what [`Connection::agreed`]
+    /// said there.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Unsupported`] if we cannot keep to what was agreed on.
+    pub fn take_over(descriptors: Vec<OwnedFd>, agreed: &[u8; AGREED_BYTES]) -> Result<Self> {
+        let agreed = InitOut::read_from_bytes(agreed).expect("as many bytes");
+        init::check_agreed(&agreed)?;
+        Ok(Self { descriptors, agreed })
+    }
+
+    /// What was agreed on, for [`Connection::take_over`].
+    pub fn agreed(&self) -> [u8; AGREED_BYTES] {
+        let mut bytes = [0; AGREED_BYTES];
+        bytes.copy_from_slice(self.agreed.as_bytes());
+        bytes
+    }
+
+    /// Its descriptors.
+    pub fn descriptors(&self) -> impl Iterator<Item = BorrowedFd<'_>> {
+        self.descriptors.iter().map(AsFd::as_fd)
+    }
+
+    /// Whether the kernel can send again what was read and not answered: Linux 6.9 and newer.
+    pub fn can_resend(&self) -> bool {
+        init::can_resend(&self.agreed)
+    }
+
+    /// Whether the mount has gone away.
+    pub fn has_ended(&self) -> bool {
+        let mut polled = [PollFd::new(&self.descriptors[0], PollFlags::IN)];
+        let now = Timespec { tv_sec: 0, tv_nsec: 0 };
+        let found = rustix::io::retry_on_intr(|| poll(&mut polled, Some(&now)));
+        found.is_ok() && polled[0].revents().contains(PollFlags::ERR)
+    }
+
+    /// Has the kernel send again all that processes before this one have read and not answered. None of them may still be
+    /// alive: what it does late would come after what is done for the request that is sent again.
+    ///
+    /// # Errors
+    /// Those of the kernel.
+    pub fn resend(&self) -> Result<()> {
+        let len = u32::try_from(size_of::<OutHeader>()).expect("16 bytes");
+        let notice = OutHeader { len, error: NOTIFY_RESEND, unique: 0 };
+        match rustix::io::retry_on_intr(|| rustix::io::write(&self.descriptors[0], notice.as_bytes())) {
+            Ok(_) | Err(rustix::io::Errno::NODEV | rustix::io::Errno::NOTCONN) => Ok(()),
+            Err(errno) => Err(errno).context(|| "have the kernel send its requests again"),
+        }
+    }
+
+    /// Its descriptors, each as a channel.
+    pub(super) fn into_channels(self) -> impl Iterator<Item = Channel> {
+        self.descriptors.into_iter().map(Channel::new)
+    }
+}
+
+/// What a request is known by, from the number that the kernel gave it.
+pub(super) fn request_id(unique: u64) -> RequestId {
+    RequestId { number: unique & !RESENT, resent: unique & RESENT != 0 }
+}
+
+/// Answers the kernel's INIT.
+fn begin(channel: Channel) -> Result<(OwnedFd, InitOut)> {
+    let what = || "begin the session with the kernel";
+    let mut buffer = RequestBuffer::new();
+    loop {
+        let bytes = buffer.bytes();
+        let Received::Bytes(count) = channel.receive(bytes).context(what)? else {
+            return Err(Error::new(ErrorKind::Io, format!("{}: it has ended", what())));
+        };
+        let Ok(Request { header, operation: Operation::Init(offer, flags2) }) = parse(&bytes[..count]) else {
+            return Err(Error::new(ErrorKind::Io, format!("{}: it did not begin with INIT", what())));
+        };
+        if let Some(answer) = init::negotiate(&offer, flags2).context(what)? {
+            channel.answer(header.unique, &[answer.as_bytes()]);
+            return Ok((channel.into_descriptor(), answer));
+        }
+        channel.answer(header.unique, &[init::our_version().as_bytes()]);
+    }
+}

@@ -135,10 +135,9 @@ impl Store {
     /// Whether a disk is in use by the daemon that serves the store, though at this moment perhaps no process has it open.
     /// For whoever holds its lock.
     pub(super) fn is_kept_by_daemon(&self, instance: &ObjectName, disk: DiskName) -> Result<bool> {
-        if self.in_service {
+        if self.in_service || self.serving()?.is_none() {
             return Ok(false);
         }
-        let Some(dir) = self.run_dir_in_use()? else { return Ok(false) };
-        Ok(path_in(&dir, instance, disk).exists() && self.serving()?.is_some())
+        Ok(self.run_dir_in_use()?.is_some_and(|dir| path_in(&dir, instance, disk).exists()))
     }
 }

@@ -152,7 +152,7 @@ impl<'a> Worker<'a> {
             Arc::new(KeeperLink { link, answers: Mutex::new(answers), is_gone: AtomicBool::new(false) });
         let heir = Heir { lock, mountpoint: mountpoint.clone(), options: options.clone() };
         listen(&keeper, events.clone(), answered, heir)?;
-        let session = Session::take_over(connection, Arc::clone(&fs), options.threads, handover.resend)?;
+        let session = Session::take_over(connection, Arc::clone(&fs), handover.resend)?;
         await_end(session, events)?;
         // Nobody's disk depends on it.
         let known = Some((handover.keeper.clone(), Arc::clone(&keeper)));

@@ -319,7 +319,11 @@ impl Fs {
         direct: bool,
         way: Way,
     ) -> Outcome<Option<usize>> {
-        let outcome = self.file(handle).and_then(|file| file.read_now(offset, buf, direct, way));
+        if self.handles.kept(handle).is_some() {
+            // It has to be opened first.
+            return Ok(None);
+        }
+        let outcome = self.handles.get(handle).and_then(|file| file.read_now(offset, buf, direct, way));
         match &outcome {
             Ok(None) => {}
             Ok(Some(read)) => self.counters.count(Operation::Read, *read as u64, &outcome),
@@ -331,7 +335,10 @@ impl Fs {
     /// Whether [`Fs::write`] of `len` bytes at `offset` only changes memory, or is refused. It need not be called then by a
     /// thread that has time to wait for the host's disk.
     pub fn writes_to_memory(&self, handle: HandleId, offset: u64, len: u64, way: Way) -> bool {
-        self.file(handle).map_or(true, |file| file.writes_to_memory(offset, len, way))
+        // A kept one has to be opened first.
+        self.handles
+            .get(handle)
+            .map_or(self.handles.kept(handle).is_none(), |file| file.writes_to_memory(offset, len, way))
     }
 
     /// Writes all of `data` at byte `offset`; durable after the next [`Fs::sync`]. `direct` and `way` as in [`Fs::read`].

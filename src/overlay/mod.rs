@@ -38,6 +38,9 @@ use crate::format::{BaseRef, BlockState, LayerId, Superblock};
 use crate::storage::{Latch, Room, Storage, Way};
 use crate::units::{BlockSpan, Geometry};
 
+/// Page of the cache of most hosts, in bytes.
+const CACHE_PAGE_BYTES: u64 = 4096;
+
 /// The two files of a layer.
 #[derive(Debug)]
 pub struct LayerFiles {
@@ -185,16 +188,21 @@ impl Overlay {
         self.write_by(Way::Cached, offset, buf)
     }
 
-    /// Whether a write of `len` bytes at `offset` by `way` goes to memory alone: an overwrite through the host's cache. It
-    /// may still wait for the host to write back what was written before.
+    /// Whether a write of `len` bytes at `offset` by `way` goes to memory alone: an overwrite of whole pages through the
+    /// host's cache (part of a page might have to be read first). It may still wait for the host to write back what was
+    /// written before.
     pub fn writes_to_memory(&self, way: Way, offset: u64, len: u64) -> bool {
         let geometry = self.geometry();
         if geometry.check_range(offset, len).is_err()
             || way == Way::Direct && self.blocks.data().goes_direct()
+            || !(geometry.data_offset(offset) | len).is_multiple_of(CACHE_PAGE_BYTES)
         {
             return false;
         }
         let span = geometry.span_touched(offset, len);
+        if span.is_empty() {
+            return true;
+        }
         let first = self.blocks.map().extent(span.start, span.end);
         first.state == BlockState::Data && first.span == span
     }

@@ -90,14 +90,14 @@ impl Session {
         Ok(Self::Fuser(fuser::FuserSession::start(device, fs, threads)?))
     }
 
-    /// A session of [`Transport::DevFuse`] on a connection that has begun, with `threads` threads, at least one for each of its descriptors.
+    /// A session of [`Transport::DevFuse`] on a connection that has begun, with a thread for each of its descriptors.
     /// Requests are answered when this returns. With `resend` the kernel sends again what processes before this one, all
     /// of which have ended, had read and not answered.
     ///
     /// # Errors
     /// Those of the host.
-    pub fn take_over(connection: Connection, fs: Arc<Fs>, threads: usize, resend: bool) -> Result<Self> {
-        Ok(Self::DevFuse(dev_fuse::DevFuseSession::start(connection, fs, threads, resend)?))
+    pub fn take_over(connection: Connection, fs: Arc<Fs>, resend: bool) -> Result<Self> {
+        Ok(Self::DevFuse(dev_fuse::DevFuseSession::start(connection, fs, resend)?))
     }
 
     /// Waits until the mount has gone away and every request is answered.

@@ -49,12 +49,12 @@ impl Queue {
     /// The task to run next, if one may run now; it counts as running.
     fn take(&mut self) -> Option<(u64, Task)> {
         let running = |file: &u64| self.running.get(file).copied().unwrap_or(0);
-        let (at, under_way) = self
-            .waiting
-            .iter()
-            .map(|(file, _)| running(file))
-            .enumerate()
-            .min_by_key(|(_, under_way)| *under_way)?;
+        let under_way = || self.waiting.iter().map(|(file, _)| running(file));
+        // Mostly the first; only files that are served already are compared with each other.
+        let (at, under_way) = match under_way().position(|under_way| under_way == 0) {
+            Some(at) => (at, 0),
+            None => under_way().enumerate().min_by_key(|(_, under_way)| *under_way)?,
+        };
         if under_way >= self.file_max {
             return None;
         }

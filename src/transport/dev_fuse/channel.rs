@@ -4,6 +4,7 @@
 
 use std::io::{self, IoSlice};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::time::Duration;
 
 use rustix::io::Errno as Os;
 use zerocopy::IntoBytes;
@@ -22,6 +23,9 @@ impl AsFd for Channel {
         self.fd.as_fd()
     }
 }
+
+/// How long a reader waits after an error that has cost one request.
+const ERROR_PAUSE: Duration = Duration::from_millis(1);
 
 /// What reading a request came to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -56,7 +60,14 @@ impl Channel {
                 // ENOENT: the request was taken back between being announced and being read.
                 Err(Os::INTR | Os::NOENT) => continue,
                 Err(Os::AGAIN) => Ok(Received::Nothing),
-                Err(Os::NODEV) => Ok(Received::Ended),
+                // ECONNABORTED: it went away while a request was being copied.
+                Err(Os::NODEV | Os::CONNABORTED) => Ok(Received::Ended),
+                // No memory for a page of the buffer, say: the kernel has answered that one request with EIO.
+                Err(errno @ (Os::NOMEM | Os::FAULT | Os::IO)) => {
+                    log::error!("read a request: {}", io::Error::from(errno));
+                    std::thread::sleep(ERROR_PAUSE);
+                    continue;
+                }
                 Err(errno) => Err(errno.into()),
             };
         }

@@ -50,22 +50,19 @@ pub struct DevFuseSession {
 }
 
 impl DevFuseSession {
-    /// Starts `threads` threads on the descriptors of `connection`, at least one on each. Requests are answered when this
-    /// returns, and those that an earlier process left unanswered are sent again if `resend` says so.
+    /// Starts a thread on each descriptor of `connection`. Requests are answered when this returns, and those that an
+    /// earlier process left unanswered are sent again if `resend` says so.
     ///
     /// # Errors
     /// Those of the host.
-    pub fn start(connection: Connection, fs: Arc<Fs>, threads: usize, resend: bool) -> Result<Self> {
+    pub fn start(connection: Connection, fs: Arc<Fs>, resend: bool) -> Result<Self> {
         let server =
             Arc::new(Server::new(fs, SlowLane::start(SLOW_THREADS)?, SlowLane::start(DISK_THREADS)?));
         if resend {
             connection.resend()?;
         }
         let connected: Vec<_> = connection.into_channels().map(Arc::new).collect();
-        // With one descriptor alone the threads share it.
-        let count = threads.max(connected.len());
-        let channels = (0..count).map(|number| Arc::clone(&connected[number % connected.len()])).collect();
-        Ok(Self { readers: Readers::start(channels, server)? })
+        Ok(Self { readers: Readers::start(connected, server)? })
     }
 
     /// Waits until the mount has gone away and every request is answered.

@@ -11,6 +11,7 @@
 //! else waits for requests, it does so itself for a while. The watch sleeps, too, when nothing is asked for.
 
 use std::os::fd::AsFd;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::thread::JoinHandle;
@@ -240,7 +241,9 @@ impl Reader<'_> {
 
     fn serve(&self, count: usize, buffer: &mut RequestBuffer, scratch: &mut RequestBuffer) {
         self.shared.note_request();
-        self.server.serve(&self.channel, count, buffer, scratch.payload_mut());
+        let serve = || self.server.serve(&self.channel, count, buffer, scratch.payload_mut());
+        // The hook has told of the panic, and EIO was answered as it unwound. This thread must serve the next.
+        let _ = catch_unwind(AssertUnwindSafe(serve));
     }
 
     /// Waits for a request if nobody else does; says whether one came.

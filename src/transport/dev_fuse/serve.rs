@@ -32,10 +32,10 @@ const WRITES_UNDER_WAY: usize = 32;
 #[derive(Debug)]
 pub struct Server {
     fs: Arc<Fs>,
-    /// What may wait for a sync.
-    slow: SlowLane,
-    /// Reads and writes that wait for the host's disk.
+    /// Reads and writes that wait for the host's disk. Ends before the slow lane does, to which it hands syncs.
     disk: SlowLane,
+    /// What may wait for a sync.
+    slow: Arc<SlowLane>,
     spare: Arc<SpareBuffers>,
 }
 
@@ -57,6 +57,18 @@ impl Write {
     fn execute(&self, fs: &Fs, buffer: &RequestBuffer) -> Outcome<()> {
         let payload = buffer.payload(usize::try_from(self.len).expect("no longer than the request was"));
         fs.write(self.handle, self.offset, payload, self.direct, self.way)
+    }
+
+    /// Answers, at once or after a sync that a thread of `slow` waits for.
+    fn finish(self, reply: Reply, outcome: Outcome<()>, fs: &Arc<Fs>, slow: &SlowLane) {
+        if !self.durable || outcome.is_err() {
+            return respond(reply, self.about(), outcome, |reply, ()| self.done(reply));
+        }
+        let fs = Arc::clone(fs);
+        slow.run(self.ino, move || {
+            let outcome = guarded(|| fs.sync(self.handle));
+            respond(reply, self.about(), outcome, |reply, ()| self.done(reply));
+        });
     }
 
     fn about(&self) -> About {
@@ -84,7 +96,7 @@ impl Server {
     /// A server of `fs`, with threads in `slow` for what may wait for a sync, and in `disk` for reads and writes that wait
     /// for the host's disk.
     pub fn new(fs: Arc<Fs>, slow: SlowLane, disk: SlowLane) -> Self {
-        Self { fs, slow, disk, spare: Arc::new(SpareBuffers::new(WRITES_UNDER_WAY)) }
+        Self { fs, disk, slow: Arc::new(slow), spare: Arc::new(SpareBuffers::new(WRITES_UNDER_WAY)) }
     }
 
     /// Does the request that is the first `count` bytes of `buffer`, and answers it to `channel`, now or later. Another
@@ -169,27 +181,17 @@ impl Server {
         match if now { None } else { self.spare.take() } {
             Some(spare) => {
                 let buffer = std::mem::replace(buffer, spare);
-                let (fs, spare) = (Arc::clone(&self.fs), Arc::clone(&self.spare));
+                let (fs, spare, slow) =
+                    (Arc::clone(&self.fs), Arc::clone(&self.spare), Arc::clone(&self.slow));
                 self.disk.run(ino, move || {
-                    let outcome = guarded(|| {
-                        write.execute(&fs, &buffer)?;
-                        if write.durable { fs.sync(write.handle) } else { Ok(()) }
-                    });
-                    respond(reply, write.about(), outcome, |reply, ()| write.done(reply));
+                    let outcome = guarded(|| write.execute(&fs, &buffer));
                     spare.put(buffer);
+                    write.finish(reply, outcome, &fs, &slow);
                 });
             }
             None => {
                 let outcome = guarded(|| write.execute(&self.fs, buffer));
-                if !write.durable || outcome.is_err() {
-                    return respond(reply, write.about(), outcome, |reply, ()| write.done(reply));
-                }
-                // Only the sync is waited for elsewhere.
-                let fs = Arc::clone(&self.fs);
-                self.slow.run(ino, move || {
-                    let outcome = guarded(|| fs.sync(write.handle));
-                    respond(reply, write.about(), outcome, |reply, ()| write.done(reply));
-                });
+                write.finish(reply, outcome, &self.fs, &self.slow);
             }
         }
     }

@@ -7,7 +7,7 @@ use super::args::{CreateArgs, Form, InstanceCommand};
 use super::df::warn_if_high;
 use super::images::sized;
 use crate::error::Result;
-use crate::store::{Instance, InstanceSpec, ObjectName, Store};
+use crate::store::{InstanceSpec, InstanceStatus, ObjectName, Store};
 use crate::units::HumanBytes;
 
 /// An instance as `--json` shows it. Sizes are bytes.
@@ -42,7 +42,7 @@ pub(super) fn run(session: &mut Session, command: InstanceCommand) -> Result<()>
         InstanceCommand::Create(args) => create(session, &store, args),
         InstanceCommand::List(form) => list(session, &store, form),
         InstanceCommand::Show { name, form } => {
-            let view = InstanceView::of(&store, &store.instance(&name)?)?;
+            let view = InstanceView::of(&store.instance_status(&name)?);
             if form.json { session.output.json(&view) } else { view.show(session) }
         }
         InstanceCommand::Remove { name } => {
@@ -63,8 +63,7 @@ fn create(session: &mut Session, store: &Store, args: CreateArgs) -> Result<()> 
 }
 
 fn list(session: &mut Session, store: &Store, form: Form) -> Result<()> {
-    let instances = store.instances()?;
-    let views = instances.iter().map(|found| InstanceView::of(store, found)).collect::<Result<Vec<_>>>()?;
+    let views: Vec<_> = store.instance_statuses()?.iter().map(InstanceView::of).collect();
     if form.json {
         return session.output.json(&views);
     }
@@ -74,19 +73,17 @@ fn list(session: &mut Session, store: &Store, form: Form) -> Result<()> {
 }
 
 impl InstanceView {
-    fn of(store: &Store, instance: &Instance) -> Result<Self> {
-        let disks = instance.disks().map(|(name, disk)| {
-            let status = store.disk_status(&instance.name, name)?;
-            Ok(DiskView {
-                name: name.to_string(),
-                size: status.size,
-                allocated: status.data_allocated + status.map_allocated,
-                map_allocated: status.map_allocated,
-                block_size: disk.block_bytes,
-                base: disk.base.map(|base| base.to_string()),
-            })
+    fn of(found: &InstanceStatus) -> Self {
+        let InstanceStatus { instance, disks } = found;
+        let disks = instance.disks().zip(disks).map(|((name, disk), status)| DiskView {
+            name: name.to_string(),
+            size: status.size,
+            allocated: status.data_allocated + status.map_allocated,
+            map_allocated: status.map_allocated,
+            block_size: disk.block_bytes,
+            base: disk.base.map(|base| base.to_string()),
         });
-        Ok(Self {
+        Self {
             name: instance.name.clone(),
             image: instance.image.clone(),
             flavor: instance.flavor.clone(),
@@ -94,8 +91,8 @@ impl InstanceView {
             kernel: instance.kernel.map(|id| id.to_string()),
             ramdisk: instance.ramdisk.map(|id| id.to_string()),
             created: instance.created.to_string(),
-            disks: disks.collect::<Result<Vec<_>>>()?,
-        })
+            disks: disks.collect(),
+        }
     }
 
     fn row(&self) -> Vec<String> {

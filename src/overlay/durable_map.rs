@@ -51,14 +51,13 @@ impl Position {
     }
 }
 
-/// Writes the superblock of a new layer into an empty map file and syncs it.
+/// Writes the superblock of a new layer into an empty map file. The caller syncs it.
 ///
 /// # Errors
 /// Those of the storage.
 pub fn format(storage: &dyn Storage, superblock: &Superblock) -> Result<()> {
     let copy = superblock.encode();
-    storage.write_at(0, &[copy, copy].concat())?;
-    storage.sync()
+    storage.write_at(0, &[copy, copy].concat())
 }
 
 /// Reads the superblock: the newer of the copies that are whole.
@@ -72,10 +71,10 @@ pub fn read_superblock(storage: &dyn Storage) -> Result<Superblock> {
 /// The newer of the copies that are whole, and which of the two it is.
 fn read_newer_copy(storage: &dyn Storage) -> Result<(Superblock, u64)> {
     let mut found: Result<(Superblock, u64)> = Err(Error::new(ErrorKind::Corrupt, "superblock: missing"));
-    for copy in 0..2 {
-        let mut bytes = [0; SUPERBLOCK_BYTES];
-        storage.read_at(copy * SUPERBLOCK_BYTES as u64, &mut bytes)?;
-        found = match (found, Superblock::decode(&bytes)) {
+    let mut both = [[0; SUPERBLOCK_BYTES]; 2];
+    storage.read_at(0, both.as_flattened_mut())?;
+    for (copy, bytes) in (0..).zip(&both) {
+        found = match (found, Superblock::decode(bytes)) {
             (Ok((one, at)), Ok(two)) if two.generation <= one.generation => Ok((one, at)),
             (_, Ok(two)) => Ok((two, copy)),
             // A copy of an unknown version outranks what an older cowdisk may have left in the other one.

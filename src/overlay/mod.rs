@@ -50,6 +50,17 @@ pub struct LayerFiles {
     pub map: Box<dyn Storage>,
 }
 
+impl LayerFiles {
+    /// Makes all that was written to either file survive a crash.
+    ///
+    /// # Errors
+    /// Those of the storage.
+    pub fn sync(&self) -> Result<()> {
+        self.map.sync()?;
+        self.data.sync()
+    }
+}
+
 /// File name, within the run directory, of the live map of `layer`.
 pub fn live_map_name(layer: LayerId) -> String {
     format!("{layer}.map")
@@ -83,11 +94,20 @@ pub struct Overlay {
 }
 
 impl Overlay {
-    /// Writes an empty overlay into two new, empty files and syncs both. The caller makes their names durable.
+    /// [`Overlay::lay_out`], and syncs both files. The caller makes their names durable.
+    ///
+    /// # Errors
+    /// Those of [`Overlay::lay_out`].
+    pub fn create(files: &LayerFiles, layer: LayerId, geometry: Geometry, base: BaseRef) -> Result<()> {
+        Self::lay_out(files, layer, geometry, base)?;
+        files.sync()
+    }
+
+    /// Writes an empty overlay into two new, empty files. It must not be used before [`LayerFiles::sync`].
     ///
     /// # Errors
     /// [`ErrorKind::Invalid`] if the base is larger than the disk; those of the storage.
-    pub fn create(files: &LayerFiles, layer: LayerId, geometry: Geometry, base: BaseRef) -> Result<()> {
+    pub fn lay_out(files: &LayerFiles, layer: LayerId, geometry: Geometry, base: BaseRef) -> Result<()> {
         if let BaseRef::Image { size, .. } = base
             && size > geometry.size()
         {
@@ -103,7 +123,6 @@ impl Overlay {
             }
             _ => error,
         })?;
-        files.data.sync()?;
         durable_map::format(files.map.as_ref(), &Superblock::new(layer, geometry, base))
     }
 

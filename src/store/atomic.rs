@@ -280,6 +280,9 @@ pub(super) fn random_hex(bytes: usize) -> Result<String> {
     Ok(super::hex::encode(&random))
 }
 
+/// Bytes of most files that are read whole: they take one read, and one more at their end.
+const FILE_BYTES_USUAL: usize = 4096;
+
 /// Reads a whole file of at most `bytes_max` bytes.
 ///
 /// # Errors
@@ -288,7 +291,7 @@ pub(super) fn read_file(parent: &Dir, name: &str, bytes_max: usize) -> Result<Ve
     use std::io::Read;
     let shown = || format!("read {}", parent.path_of(name).display());
     let file = parent.open_file(name, Access::Read)?;
-    let mut bytes = Vec::new();
+    let mut bytes = Vec::with_capacity(FILE_BYTES_USUAL.min(bytes_max));
     let limit = u64::try_from(bytes_max).unwrap_or(u64::MAX).saturating_add(1);
     file.take(limit).read_to_end(&mut bytes).context(shown)?;
     if bytes.len() > bytes_max {

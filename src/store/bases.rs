@@ -98,7 +98,8 @@ impl<'a> BaseDraft<'a> {
     pub(super) fn seal(&self) -> Result<()> {
         self.file.set_mode(MODE_READ_ONLY)?;
         self.file.sync_all()?;
-        record::write_into_draft(self.folder(), layout::BASE_RECORD, &fingerprint(self.file.file())?)
+        let fingerprint = fingerprint(self.file.file())?;
+        record::write_into_draft(self.folder(), layout::BASE_RECORD, &fingerprint)?.sync_all()
     }
 }
 

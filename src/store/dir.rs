@@ -109,6 +109,19 @@ impl Dir {
         self.open_regular(name, access, Mode::empty())
     }
 
+    /// What [`Dir::open_file`] would open, without opening it; `None` if nothing is there.
+    ///
+    /// # Errors
+    /// Those of [`Dir::open_file`], but for [`ErrorKind::NotFound`].
+    pub(super) fn stat_file(&self, name: &str) -> Result<Option<Stat>> {
+        match self.stat(name)? {
+            Some(stat) if kind_of(&stat) != FileType::RegularFile => {
+                Err(self.something_else(ErrorKind::Corrupt, name, "a regular file"))
+            }
+            found => Ok(found),
+        }
+    }
+
     fn open_regular(&self, name: &str, flags: OFlags, mode: Mode) -> Result<File> {
         let shown = || format!("open {}", self.path_of(name).display());
         let fd = match self.open(name, flags, mode) {

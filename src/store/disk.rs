@@ -1,7 +1,6 @@
 //! Opening the disks of instances, and looking at those that are open elsewhere.
 
 use std::fs::File;
-use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
@@ -392,55 +391,6 @@ impl Store {
             )),
             _ => error.with_hint("another cowdisk process has it open"),
         }
-    }
-
-    /// Size, space and times of a disk, whether it is open or not. While it is open its size is that of the last time
-    /// it grew, and what was written is counted as far as the host has placed it.
-    ///
-    /// # Errors
-    /// [`ErrorKind::NotFound`] if there is no such disk; [`ErrorKind::Corrupt`] if its map is damaged.
-    pub fn disk_status(&self, instance: &ObjectName, disk: DiskName) -> Result<DiskStatus> {
-        self.disk_status_in(&self.instance_dir(instance)?, instance, disk)
-    }
-
-    /// [`Store::disk_status`] of the very instance `id`, not of a later one under its name.
-    ///
-    /// # Errors
-    /// Those of [`Store::disk_status`]; [`ErrorKind::NotFound`] if another instance has the name now.
-    pub fn disk_status_of(&self, instance: &ObjectName, id: LayerId, disk: DiskName) -> Result<DiskStatus> {
-        self.disk_status_in(&self.instance_dir_of(instance, id)?, instance, disk)
-    }
-
-    pub(super) fn disk_status_in(
-        &self,
-        folder: &Dir,
-        instance: &ObjectName,
-        disk: DiskName,
-    ) -> Result<DiskStatus> {
-        let shown = || format!("look up {instance}/{disk}");
-        let times = |file: &File| -> Result<(SystemTime, SystemTime, u64, u64)> {
-            let metadata = file.metadata().context(shown)?;
-            let modified = metadata.modified().context(shown)?;
-            let accessed = metadata.accessed().unwrap_or(modified);
-            Ok((modified, accessed, metadata.len(), metadata.blocks() * 512))
-        };
-        if folder.has(disk_file(disk, DiskPart::Raw))? {
-            let file = folder.open_file(disk_file(disk, DiskPart::Raw), Access::Read)?;
-            let (modified, accessed, size, data_allocated) = times(&file)?;
-            return Ok(DiskStatus { size, data_allocated, map_allocated: 0, modified, accessed, cow: false });
-        }
-        let map = self.open_map(folder, instance, disk)?;
-        let data = folder.open_file(disk_file(disk, DiskPart::Data), Access::Read)?;
-        let (modified, accessed, _, data_allocated) = times(&data)?;
-        let size = read_superblock(&map).context(shown)?.geometry.size();
-        Ok(DiskStatus {
-            size,
-            data_allocated,
-            map_allocated: map.allocated()?,
-            modified,
-            accessed,
-            cow: true,
-        })
     }
 
     pub(super) fn open_map(

@@ -3,6 +3,9 @@
 //! An instance is made in a folder in `tmp/` and appears whole by one rename. Overlays take a few system calls and as
 //! many syncs, so all of it happens under the store's lock; a full copy (`no_cow`) takes long, so there only the
 //! rename does, and a shared lock of each base keeps the sources from being removed meanwhile.
+//!
+//! All files of overlays are written before the first of them is synced: what the host's file system commits for the
+//! first sync holds most of what the others would wait for.
 
 use std::time::{Duration, Instant};
 
@@ -12,7 +15,7 @@ use serde::{Deserialize, Serialize};
 use super::atomic::{DraftDir, Removal};
 use super::dir::{Access, Dir, MODE_PRIVATE};
 use super::flavors::Flavor;
-use super::images::{self, Image};
+use super::images::Image;
 use super::layout::{self, DiskPart, disk_file};
 use super::lock::{Share, StoreLock, try_lock};
 use super::names::{DiskName, ObjectName};
@@ -212,11 +215,12 @@ impl Store {
         let instance = self.plan(name, spec)?;
         self.check_room("a new instance", OVERLAYS_BYTES)?;
         let draft = DraftDir::new(&self.tmp, "instance")?;
+        let mut layers = Vec::new();
         for (disk, made) in instance.disks() {
             check_cancelled(progress)?;
-            self.create_overlay(draft.dir(), disk, &made).context(|| disk.as_str())?;
+            layers.push(self.lay_out_overlay(draft.dir(), disk, &made).context(|| disk.as_str())?);
         }
-        self.publish_instance(draft, &instance, &lock)
+        self.publish_instance(draft, &layers, &instance, &lock)
     }
 
     fn create_copies(
@@ -231,7 +235,7 @@ impl Store {
             self.create_copy(draft.dir(), disk, &made, progress).context(|| disk.as_str())?;
         }
         let lock = self.lock()?;
-        self.publish_instance(draft, &instance, &lock)
+        self.publish_instance(draft, &[], &instance, &lock)
     }
 
     /// Looks up what an instance is to be made from and checks its sizes. Makes nothing.
@@ -260,7 +264,8 @@ impl Store {
         })
     }
 
-    fn create_overlay(&self, folder: &Dir, disk: DiskName, made: &InstanceDisk) -> Result<()> {
+    /// Writes the files of an overlay, and leaves syncing them to [`Store::publish_instance`].
+    fn lay_out_overlay(&self, folder: &Dir, disk: DiskName, made: &InstanceDisk) -> Result<LayerFiles> {
         let geometry = Geometry::new(made.size, made.block_bytes.unwrap_or(BLOCK_BYTES_MIN), 0)?;
         let base = match made.base {
             None => BaseRef::Blank,
@@ -271,7 +276,8 @@ impl Store {
         };
         let file = |part| Ok::<_, Error>(Box::new(folder.create_file(disk_file(disk, part), MODE_PRIVATE)?));
         let files = LayerFiles { data: file(DiskPart::Data)?, map: file(DiskPart::Map)? };
-        Overlay::create(&files, LayerId::random()?, geometry, base)
+        Overlay::lay_out(&files, LayerId::random()?, geometry, base)?;
+        Ok(files)
     }
 
     fn create_copy(
@@ -296,9 +302,12 @@ impl Store {
         file.sync_all()
     }
 
+    /// Writes the record, syncs it and the files of `layers`, and has the instance appear. All other files of the draft
+    /// are synced.
     fn publish_instance(
         &self,
         draft: DraftDir<'_>,
+        layers: &[LayerFiles],
         instance: &Instance,
         _lock: &StoreLock,
     ) -> Result<Instance> {
@@ -308,7 +317,9 @@ impl Store {
                 return Err(Error::new(ErrorKind::NotFound, format!("boot file {id}: not found")));
             }
         }
-        record::write_into_draft(draft.dir(), layout::INSTANCE_RECORD, &instance.to_record())?;
+        let record = record::write_into_draft(draft.dir(), layout::INSTANCE_RECORD, &instance.to_record())?;
+        layers.iter().try_for_each(LayerFiles::sync)?;
+        record.sync_all()?;
         draft.commit(&self.instances, instance.name.as_str())?;
         Ok(instance.clone())
     }
@@ -318,46 +329,6 @@ impl Store {
             return Err(Error::new(ErrorKind::Exists, format!("instance {name}: exists already")));
         }
         Ok(())
-    }
-
-    /// The names of all instances, in order, whether their records can be read or not.
-    ///
-    /// # Errors
-    /// Those of the host.
-    pub fn instance_names(&self) -> Result<Vec<ObjectName>> {
-        Ok(self.instances.names()?.iter().filter_map(|name| name.parse().ok()).collect())
-    }
-
-    /// All instances, by name.
-    ///
-    /// # Errors
-    /// [`ErrorKind::Corrupt`], naming the file, if a record is damaged.
-    pub fn instances(&self) -> Result<Vec<Instance>> {
-        images::present(self.instance_names()?.iter().map(|name| self.instance(name)))
-    }
-
-    /// An instance.
-    ///
-    /// # Errors
-    /// [`ErrorKind::NotFound`]; [`ErrorKind::Corrupt`], naming the file, if its record is damaged or missing.
-    pub fn instance(&self, name: &ObjectName) -> Result<Instance> {
-        let folder = self.instance_dir(name)?;
-        match self.instance_in(&folder, name) {
-            // An instance that is being removed leaves its name before its record goes.
-            Err(error) if error.kind() == ErrorKind::NotFound && self.is_in_place(&folder, name)? => {
-                let message = format!("{}: missing", folder.path_of(layout::INSTANCE_RECORD).display());
-                Err(Error::new(ErrorKind::Corrupt, message).with_hint(format!(
-                    "bring it back, or give the instance up with its disks: cowdisk instance remove {name}"
-                )))
-            }
-            other => other,
-        }
-    }
-
-    /// Whether a folder is still the instance of that name.
-    fn is_in_place(&self, folder: &Dir, name: &ObjectName) -> Result<bool> {
-        let (_, inode) = folder.device_and_inode()?;
-        Ok(self.instances.stat(name.as_str())?.is_some_and(|stat| stat.st_ino == inode))
     }
 
     pub(super) fn instance_in(&self, folder: &Dir, name: &ObjectName) -> Result<Instance> {

@@ -14,7 +14,7 @@ use serde::{Deserialize, Serialize};
 use super::atomic::{self, DraftFile};
 use super::dir::{Dir, MODE_PRIVATE};
 use crate::error::{Error, ErrorKind, Result};
-use crate::storage::Storage;
+use crate::storage::{FileStorage, Storage};
 
 /// Largest record, in bytes, but for attributes.
 pub(super) const RECORD_BYTES_MAX: usize = 64 << 10;
@@ -47,12 +47,12 @@ pub(super) fn draft<'a>(tmp: &'a Dir, kind: &str, record: &impl Serialize) -> Re
     Ok(draft)
 }
 
-/// Writes a record into a folder that is itself still a draft, and syncs it.
-pub(super) fn write_into_draft(folder: &Dir, name: &str, record: &impl Serialize) -> Result<()> {
+/// Writes a record into a folder that is itself still a draft. The caller syncs the file.
+pub(super) fn write_into_draft(folder: &Dir, name: &str, record: &impl Serialize) -> Result<FileStorage> {
     let bytes = encode(record)?;
     let file = folder.create_file(name, MODE_PRIVATE)?;
     file.write_at(0, &bytes)?;
-    file.sync_all()
+    Ok(file)
 }
 
 /// The content of a kernel or a ramdisk: the BLAKE3 of its bytes. Shown as 64 hex digits.

@@ -229,3 +229,29 @@ fn two_creators_of_one_name_have_one_winner() {
     assert_eq!(won.load(Ordering::Relaxed), 1);
     assert_eq!(t.names("tmp").len(), 0);
 }
+
+/// Instances that threads share among them are listed as one by one.
+#[test]
+fn a_long_list_is_whole_and_in_order() {
+    let t = store_with_image();
+    let made = t.path("instances/web-3");
+    let record = std::fs::read_to_string(made.join("instance.json")).unwrap();
+    let id = t.store.instance(&name("web-3")).unwrap().id;
+    for n in 0..1500 {
+        let folder = t.path(&format!("instances/vm-{n}"));
+        std::fs::create_dir(&folder).unwrap();
+        for file in ["disk.map", "disk.data", "disk.local.map", "disk.local.data"] {
+            std::fs::hard_link(made.join(file), folder.join(file)).unwrap();
+        }
+        let own = record.replace(&id.to_string(), &format!("{n:032x}"));
+        let file = File::create(folder.join("instance.json")).unwrap();
+        file.write_all_at(own.as_bytes(), 0).unwrap();
+    }
+    let listed = t.store.instance_statuses().unwrap();
+    assert_eq!(listed.len(), 1501);
+    assert!(listed.is_sorted_by(|one, next| one.instance.name < next.instance.name));
+    let one_by_one = |found: &InstanceStatus| t.store.instance_status(&found.instance.name).unwrap();
+    assert!(listed.iter().all(|found| *found == one_by_one(found)));
+    std::fs::remove_file(t.path("instances/vm-700/disk.local.data")).unwrap();
+    t.refuses(ErrorKind::NotFound, "vm-700/disk.local.data: missing", |store| store.instance_statuses());
+}

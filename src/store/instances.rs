@@ -328,6 +328,12 @@ impl Store {
         Ok(self.instances.names()?.iter().filter_map(|name| name.parse().ok()).collect())
     }
 
+    /// Folders among the instances whose names are none of an instance: one that somebody has moved aside, say. What
+    /// their overlays are over is not known, so while there is one no base or boot file counts as unreferenced.
+    pub(super) fn strange_instances(&self) -> Result<Vec<String>> {
+        self.instances.strange_folders(|name| name.parse::<ObjectName>().is_ok())
+    }
+
     /// All instances, by name.
     ///
     /// # Errors

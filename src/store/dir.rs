@@ -248,6 +248,30 @@ impl Dir {
         Ok(names)
     }
 
+    /// Names of folders and links in this folder, for messages, that are not UTF-8 or for which `is_ours` is false: the
+    /// store does not know what they hold.
+    pub(super) fn strange_folders(&self, is_ours: impl Fn(&str) -> bool) -> Result<Vec<String>> {
+        let shown = || format!("read folder {}", self.path.display());
+        let mut strange = Vec::new();
+        for entry in rustix::fs::Dir::read_from(&self.fd).context(shown)? {
+            let entry = entry.context(shown)?;
+            let name = entry.file_name();
+            if [c".", c".."].contains(&name) || name.to_str().is_ok_and(&is_ours) {
+                continue;
+            }
+            let kind = match rustix::fs::statat(&self.fd, name, AtFlags::SYMLINK_NOFOLLOW) {
+                Ok(stat) => kind_of(&stat),
+                Err(Errno::NOENT) => continue,
+                Err(errno) => return Err(errno).context(shown),
+            };
+            if matches!(kind, FileType::Directory | FileType::Symlink) {
+                strange.push(name.to_string_lossy().into_owned());
+            }
+        }
+        strange.sort_unstable();
+        Ok(strange)
+    }
+
     /// Makes the names in this folder durable.
     pub(super) fn sync(&self) -> Result<()> {
         self.host.sync_dir(self.as_fd()).context(|| format!("sync folder {}", self.path.display()))

@@ -331,6 +331,12 @@ impl Store {
         Ok(())
     }
 
+    /// Folders among the instances whose names are none of an instance: one that somebody has moved aside, say. What
+    /// their overlays are over is not known, so while there is one no base or boot file counts as unreferenced.
+    pub(super) fn strange_instances(&self) -> Result<Vec<String>> {
+        self.instances.strange_folders(|name| name.parse::<ObjectName>().is_ok())
+    }
+
     pub(super) fn instance_in(&self, folder: &Dir, name: &ObjectName) -> Result<Instance> {
         let record: InstanceRecord = record::read(folder, layout::INSTANCE_RECORD, RECORD_BYTES_MAX)?;
         Instance::from_record(name.clone(), &record).map_err(|error| {

@@ -18,6 +18,10 @@ use crate::format::{BaseId, BaseRef};
 use crate::overlay::read_superblock;
 use crate::storage::FileStorage;
 
+/// What to do about a folder among the instances whose name is none of an instance.
+pub(super) const STRANGE_INSTANCE_HINT: &str =
+    "rename it back, or, if nobody needs what is in it, move it out of the store";
+
 /// All that the records and the overlays of a store refer to.
 #[derive(Debug, Default)]
 pub(super) struct References {
@@ -67,9 +71,14 @@ impl References {
 }
 
 impl Store {
-    /// Reads every record and the superblock of every overlay. Fails if a record is missing or cannot be read: what it
-    /// refers to is then not known, and must stay.
+    /// Reads every record and the superblock of every overlay. Fails if a record is missing or cannot be read, or if there
+    /// is a folder that somebody has given a name of no instance: what it refers to is then not known, and must stay.
     pub(super) fn references(&self, _lock: &StoreLock, except: Except<'_>) -> Result<References> {
+        if let Some(name) = self.strange_instances()?.first() {
+            let folder = layout::INSTANCES;
+            let message = format!("{folder}/{name}: no name of an instance, so what it needs is not known");
+            return Err(Error::new(ErrorKind::Corrupt, message).with_hint(STRANGE_INSTANCE_HINT));
+        }
         let mut references = References::default();
         for name in self.image_names()?.iter().filter(|name| except != Except::Image(name)) {
             let image = self.image(name).map_err(missing)?;

@@ -9,7 +9,7 @@ use super::super::layout::{self, DiskPart, disk_file};
 use super::super::lock::StoreLock;
 use super::super::names::{DiskName, ObjectName};
 use super::super::record::BootFileId;
-use super::super::references::base_of_overlay;
+use super::super::references::{STRANGE_INSTANCE_HINT, base_of_overlay};
 use super::super::{Store, host_fs, superblock};
 use super::live_maps::layer_of_overlay;
 use super::{CheckReport, CheckRequest, hint_or, is_gone, note_outcome, said};
@@ -77,12 +77,7 @@ impl Store {
             self.look_at_root(report)?;
             self.look_at_images(request, &mut inventory, report)?;
             self.look_at_flavors(&mut inventory, report)?;
-            for name in self.instances.names()? {
-                match name.parse::<ObjectName>() {
-                    Ok(name) => self.look_at_instance(&name, request, &mut inventory, report)?,
-                    Err(_) => unknown(report, layout::INSTANCES, &name),
-                }
-            }
+            self.look_at_instances(request, &mut inventory, report)?;
             inventory.disks = (0..)
                 .zip(&inventory.instances)
                 .flat_map(|(at, instance)| instance.disks().map(move |(disk, _)| (at, disk)))
@@ -247,6 +242,32 @@ impl Store {
                     );
                 }
             }
+        }
+        Ok(())
+    }
+
+    fn look_at_instances(
+        &self,
+        request: &CheckRequest,
+        inventory: &mut Inventory,
+        report: &mut CheckReport,
+    ) -> Result<()> {
+        let strange = self.strange_instances()?;
+        for name in self.instances.names()? {
+            match name.parse::<ObjectName>() {
+                Ok(name) => self.look_at_instance(&name, request, inventory, report)?,
+                Err(_) if strange.contains(&name) => {}
+                Err(_) => unknown(report, layout::INSTANCES, &name),
+            }
+        }
+        for name in strange {
+            // What its overlays are over, and which layers they are, nobody looks for.
+            (inventory.complete, inventory.layers_known) = (false, false);
+            let message =
+                "no name of an instance, so what it needs is not known; nothing is removed meanwhile";
+            let object = format!("{}/{name}", layout::INSTANCES);
+            let remedy = Remedy::Operator(STRANGE_INSTANCE_HINT.to_owned());
+            report.add("instance-name", Severity::Warning, object, message, remedy);
         }
         Ok(())
     }

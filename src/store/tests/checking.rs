@@ -108,6 +108,39 @@ fn nothing_counts_as_unreferenced_while_a_record_cannot_be_read() {
     assert_eq!((t.names("bases").len(), t.names("tmp").len()), (2, 1));
 }
 
+/// Folders whose names are none of an instance were passed over, and the bases of the overlays in them removed.
+#[test]
+fn an_instance_that_was_moved_aside_keeps_its_base() {
+    use std::os::unix::ffi::OsStrExt;
+    for aside in [&b"web-3~"[..], b".web-3", b"web-3\xff"] {
+        let t = store_with_image();
+        let (base, path) = base_of(&t);
+        let aside = t.path("instances").join(std::ffi::OsStr::from_bytes(aside));
+        mv(&t.path("instances/web-3"), &aside);
+        t.refuses(ErrorKind::Corrupt, "no name of an instance", |store| store.remove_image(&name("debian")));
+        // As if a backup of the records, older than the image, had been brought back.
+        std::fs::remove_file(t.path("images/debian.json")).unwrap();
+        put(&t.path("tmp/image-0123"), b"");
+        let found = check(&t);
+        let kinds: Vec<_> = found.iter().map(|finding| finding.kind).collect();
+        assert_eq!(kinds, ["instance-name", "base-unreferenced", "leftover"]);
+        assert!(found[0].object.starts_with("instances/") && found[0].is_open(), "{found:?}");
+        assert!(!repair(&t).is_clean());
+        drop(Store::open(t.folder.path()).unwrap());
+        t.import("other", &[7; 4096]).unwrap();
+        t.store.remove_image(&name("other")).unwrap_err();
+        assert!(path.exists());
+        mv(&aside, &t.path("instances/web-3"));
+        assert_eq!(first_byte(&t), 0x11);
+        assert!(path.exists() && check(&t).iter().all(|finding| finding.object != format!("base {base}")));
+    }
+    let t = store_with_image();
+    put(&t.path("instances/README~"), b"mine");
+    only(&check(&t), "unknown-file", Severity::Note);
+    t.import("other", &[7; 4096]).unwrap();
+    t.store.remove_image(&name("other")).unwrap();
+}
+
 #[test]
 fn damaged_records_are_named_each_with_what_to_do() {
     for (file, kind, object) in [

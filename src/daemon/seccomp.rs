@@ -22,6 +22,24 @@ const SYS_QUOTACTL_FD: i64 = 443;
 const SYS_OPEN_TREE_ATTR: i64 = 467;
 const SYS_CLONE3: u32 = 435;
 
+/// Requests of fcntl(2) and ioctl(2) that name whom the kernel signals when a file becomes ready, and by which signal.
+const F_SETOWN: u64 = 8;
+const F_SETSIG: u64 = 10;
+const F_SETOWN_EX: u64 = 15;
+const FIOSETOWN: u64 = 0x8901;
+const SIOCSPGRP: u64 = 0x8902;
+
+/// Flags of clone(2) that make a namespace.
+const NAMESPACES: [i32; 7] = [
+    libc::CLONE_NEWUSER,
+    libc::CLONE_NEWNS,
+    libc::CLONE_NEWPID,
+    libc::CLONE_NEWNET,
+    libc::CLONE_NEWIPC,
+    libc::CLONE_NEWUTS,
+    libc::CLONE_NEWCGROUP,
+];
+
 /// From here on numbers are those of x32.
 const X32: u32 = 0x4000_0000;
 
@@ -147,15 +165,21 @@ fn program() -> std::result::Result<BpfProgram, seccompiler::BackendError> {
     let own = std::process::id().cast_signed();
     rules.insert(libc::SYS_tgkill, vec![argument(0, SeccompCmpOp::Ne, own)?]);
     rules.insert(libc::SYS_prlimit64, vec![argument(0, SeccompCmpOp::Ne, 0)?]);
-    // What types into a terminal.
-    let into_terminal = [libc::TIOCSTI, libc::TIOCLINUX].map(|request| {
-        SeccompCondition::new(1, SeccompCmpArgLen::Dword, SeccompCmpOp::Eq, request)
-            .and_then(|condition| SeccompRule::new(vec![condition]))
-    });
-    rules.insert(libc::SYS_ioctl, into_terminal.into_iter().collect::<std::result::Result<_, _>>()?);
-    // Threads, but no namespace in which one is root.
-    let namespace = u64::from(libc::CLONE_NEWUSER.cast_unsigned());
-    rules.insert(libc::SYS_clone, vec![argument(0, SeccompCmpOp::MaskedEq(namespace), libc::CLONE_NEWUSER)?]);
+    // What types into a terminal, or has the kernel send signals in our name. The kernel takes the request as 32 bits.
+    let second = |values: &[u64]| -> std::result::Result<Vec<_>, seccompiler::BackendError> {
+        let refused = values.iter().map(|&value| {
+            SeccompCondition::new(1, SeccompCmpArgLen::Dword, SeccompCmpOp::Eq, value)
+                .and_then(|condition| SeccompRule::new(vec![condition]))
+        });
+        refused.collect()
+    };
+    rules.insert(libc::SYS_ioctl, second(&[libc::TIOCSTI, libc::TIOCLINUX, FIOSETOWN, SIOCSPGRP])?);
+    rules.insert(libc::SYS_fcntl, second(&[F_SETOWN, F_SETSIG, F_SETOWN_EX])?);
+    // Threads, but no namespaces: one flag is enough to be refused.
+    let namespaces = NAMESPACES
+        .iter()
+        .map(|&flag| argument(0, SeccompCmpOp::MaskedEq(u64::from(flag.cast_unsigned())), flag));
+    rules.insert(libc::SYS_clone, namespaces.collect::<std::result::Result<_, _>>()?);
     let refusal = SeccompAction::Errno(libc::EPERM.cast_unsigned());
     let listed: BpfProgram =
         SeccompFilter::new(rules, SeccompAction::Allow, refusal, std::env::consts::ARCH.try_into()?)?
@@ -228,15 +252,17 @@ mod tests {
             unsafe { libc::syscall(call, 0, 0, 0, 0, 0, 0) };
             std::io::Error::last_os_error().raw_os_error()
         };
-        let user_namespace = |call: libc::c_long| {
+        let cloned = |flag: libc::c_int| {
             // SAFETY: refused; were it not, a child without a stack of its own would begin as fork(2) begins one.
-            let child = unsafe { libc::syscall(call, libc::CLONE_NEWUSER | libc::SIGCHLD, 0, 0, 0, 0) };
+            let child = unsafe { libc::syscall(libc::SYS_clone, flag | libc::SIGCHLD, 0, 0, 0, 0) };
             if child == 0 {
                 std::process::exit(1);
             }
             std::io::Error::last_os_error().raw_os_error()
         };
-        assert_eq!(user_namespace(libc::SYS_clone), denied, "clone");
+        for flag in NAMESPACES {
+            assert_eq!(cloned(flag), denied, "clone with {flag:#x}");
+        }
         assert_eq!(number(libc::SYS_clone3), Some(libc::ENOSYS), "clone3");
         if cfg!(target_arch = "x86_64") {
             // execve of x32; a kernel without it says ENOSYS.
@@ -254,6 +280,20 @@ mod tests {
         // SAFETY: the request reads one byte of the local, if at all.
         let typed = unsafe { libc::ioctl(0, libc::TIOCSTI, &raw const TYPED) };
         assert_eq!((typed, std::io::Error::last_os_error().raw_os_error()), (-1, denied), "TIOCSTI");
+        let file = std::fs::File::open("/dev/null").unwrap();
+        let asked = |call: libc::c_long, request: u64| {
+            let fd = std::os::fd::AsRawFd::as_raw_fd(&file);
+            // SAFETY: refused; were it not, an argument of 0 is a number, or an address that the kernel finds bad.
+            unsafe { libc::syscall(call, fd, request, 0) };
+            std::io::Error::last_os_error().raw_os_error()
+        };
+        for request in [F_SETOWN, F_SETSIG, F_SETOWN_EX] {
+            assert_eq!(asked(libc::SYS_fcntl, request), denied, "fcntl {request}");
+        }
+        for request in [FIOSETOWN, SIOCSPGRP] {
+            assert_eq!(asked(libc::SYS_ioctl, request), denied, "ioctl {request:#x}");
+        }
+        assert!(file.try_clone().is_ok(), "fcntl for the rest");
         // What serving needs still goes.
         std::thread::spawn(|| std::fs::read("/proc/self/status").unwrap()).join().unwrap();
         println!("confined");

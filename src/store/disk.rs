@@ -15,7 +15,7 @@ use super::plain::PlainDisk;
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::format::{BaseRef, LayerId};
 use crate::overlay::{BaseImage, CommitCounts, LayerFiles, Overlay, live_map_name, read_superblock};
-use crate::storage::{FileStorage, Storage, Way};
+use crate::storage::{FileStorage, Way};
 
 /// How often the lock of a disk is tried: a check takes it for an instant to see whether it is free.
 const LOCK_ATTEMPTS: u32 = 10;

@@ -325,6 +325,34 @@ fn data_outside_of_the_map_is_given_back_and_nothing_else() {
     assert!(layer.contents().expect("whole") == before);
 }
 
+/// The stale copy was written over what was left of the newer one, the last that told of what the disk had been.
+#[test]
+fn a_rotten_newer_superblock_is_not_written_over_while_the_stale_one_does_not_fit() {
+    let (layer, overlay) = Layer::open_one();
+    // From before the next checkpoint, so its digest is not that of the pages.
+    let stale = layer.superblock();
+    overlay.write_at(0, &[9; 8192]).expect("write");
+    overlay.checkpoint().expect("checkpoint");
+    overlay.write_at(0, &[10; 8192]).expect("write");
+    overlay.checkpoint().expect("checkpoint");
+    overlay.close().expect("close");
+    layer.put_superblock(1, &stale);
+    layer.corrupt(700, 1);
+    let found = layer.check().findings;
+    assert!(found.iter().any(|finding| finding.severity == Severity::Damage), "{found:#?}");
+    let copy = found.iter().find(|finding| finding.kind == "superblock-copy").expect("it is found");
+    assert!(!copy.can_be_repaired() && copy.remedy.text().contains("left as they are"), "{copy:?}");
+    let mut before = [0; SUPERBLOCK_BYTES];
+    layer.map.read_at(0, &mut before).expect("read");
+    layer.repair();
+    let mut after = [0; SUPERBLOCK_BYTES];
+    layer.map.read_at(0, &mut after).expect("read");
+    assert!(after == before, "the damaged copy is as it was");
+    // With the damaged bit put right, all is.
+    layer.corrupt(700, 1);
+    assert!(layer.check().findings.iter().all(|finding| finding.severity < Severity::Damage));
+}
+
 #[test]
 fn nothing_is_given_back_of_a_layer_that_is_damaged() {
     let layer = Layer::after_a_crash();

@@ -131,6 +131,18 @@ impl Look {
     fn has_damage(&self) -> bool {
         self.findings.iter().any(|finding| finding.severity == Severity::Damage)
     }
+
+    /// Takes back that a repair writes a copy of the superblock anew. What is damaged may be so because the copy that
+    /// can be read is an old one: then what is left of the newer one is the last that tells of it.
+    fn leave_superblocks(&mut self) {
+        self.rewrite = None;
+        for finding in self.findings.iter_mut().filter(|finding| finding.kind.starts_with("superblock-")) {
+            if finding.can_be_repaired() {
+                finding.remedy =
+                    Remedy::Nothing("both copies are left as they are while the disk is damaged".to_owned());
+            }
+        }
+    }
 }
 
 impl Checker<'_> {
@@ -170,6 +182,13 @@ impl Checker<'_> {
     }
 
     fn look_at_data(&self, look: &mut Look) {
+        self.judge_data_of(look);
+        if look.has_damage() {
+            look.leave_superblocks();
+        }
+    }
+
+    fn judge_data_of(&self, look: &mut Look) {
         let (Some(superblock), Some(states)) = (&look.superblock, &look.states) else { return };
         let geometry = superblock.geometry;
         match self.judge_data(geometry, states, look.has_damage()).context(|| "read the data file") {

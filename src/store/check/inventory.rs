@@ -128,18 +128,26 @@ impl Store {
 
     /// The superblock of a store that has lost it: without it no command but this one opens the store.
     fn look_at_superblock(&self, request: &CheckRequest, lock: Option<&StoreLock>, report: &mut CheckReport) {
-        let Some(fault) = &self.superblock_fault else { return };
-        let gone = is_gone(fault) && !self.root.has(layout::SUPERBLOCK).unwrap_or(true);
-        let what = if gone { "missing".to_owned() } else { said(fault) };
-        let remedy = if self.uuid.is_empty() {
+        if self.superblock_fault.is_none() {
+            return;
+        }
+        // Since the store was opened, somebody may have brought it back, or a newer cowdisk written it.
+        let Err(fault) = superblock::read(&self.root) else { return };
+        let lost = matches!(fault.kind(), ErrorKind::NotFound | ErrorKind::Corrupt);
+        let gone = is_gone(&fault) && !self.root.has(layout::SUPERBLOCK).unwrap_or(true);
+        let what = if gone { "missing".to_owned() } else { said(&fault) };
+        let remedy = if !lost {
+            hint_or(&fault, "check the host's disk; it is left as it is")
+        } else if self.uuid.is_empty() {
             Remedy::Operator("bring it back from a backup of the store".to_owned())
         } else {
             Remedy::Repair(format!("writes it anew, with the store's identity from {}", layout::RUN))
         };
         let message = format!("{what}; nothing opens the store without it");
         report.add("store-superblock", Severity::Warning, layout::SUPERBLOCK, message, remedy);
-        if let (true, false, Some(finding)) =
-            (request.repair, self.uuid.is_empty(), report.findings.last_mut())
+        if let Some(finding) = report.findings.last_mut()
+            && request.repair
+            && finding.can_be_repaired()
         {
             let no_lock = || Error::new(ErrorKind::Denied, "the store cannot be locked");
             let written = lock

@@ -365,6 +365,29 @@ fn a_lost_superblock_is_found_and_written_anew_with_the_same_identity() {
     }
 }
 
+/// A repair wrote over what somebody else had brought back since it opened the store.
+#[test]
+fn a_superblock_that_has_come_back_meanwhile_is_left_alone() {
+    let t = store_with_image();
+    drop(t.store.open_disk(&name("web-3"), DiskName::Root).unwrap());
+    let path = t.path("cowdisk-store.json");
+    let original = std::fs::read_to_string(&path).unwrap();
+    std::fs::remove_file(&path).unwrap();
+    let store = Store::open_as_it_is(t.folder.path()).unwrap().with_run_dir(t.run.path());
+    let mend = CheckRequest { repair: true, ..CheckRequest::default() };
+    // The same record in other words, so that it is seen whether it was written.
+    let same = format!("{original}\n\n");
+    put(&path, same.as_bytes());
+    assert!(store.check(&mend, &NoProgress).unwrap().is_clean());
+    assert_eq!(std::fs::read_to_string(&path).unwrap(), same);
+    let newer = "{\"magic\": \"cowdisk-store\", \"version\": 99}";
+    put(&path, newer.as_bytes());
+    let report = store.check(&mend, &NoProgress).unwrap();
+    let finding = report.findings.iter().find(|finding| finding.kind == "store-superblock").unwrap();
+    assert!(!finding.can_be_repaired() && finding.remedy.text().contains("upgrade"), "{finding:?}");
+    assert_eq!(std::fs::read_to_string(&path).unwrap(), newer);
+}
+
 #[test]
 fn a_superblock_is_not_made_up() {
     let t = store_with_image();

@@ -157,6 +157,19 @@ fn fingerprint(file: &File) -> Result<BaseRecord> {
     Ok(BaseRecord { size: metadata.len(), mtime_ns, inode: metadata.ino(), created, damaged: false })
 }
 
+/// Holds a base's file, which the caller has just opened, as every reader does.
+///
+/// # Errors
+/// [`ErrorKind::Busy`] if the base is being removed or replaced, or was between the caller's opening and now: whoever
+/// replaces it holds the lock until the file has another in its place.
+pub(super) fn share(id: &BaseId, file: File) -> Result<File> {
+    let free = try_lock(&file, Share::Shared).context(|| format!("lock base {id}"))?;
+    if !free || file.metadata().context(|| format!("look up base {id}"))?.nlink() == 0 {
+        return Err(Error::new(ErrorKind::Busy, format!("base {id}: being removed or replaced")));
+    }
+    Ok(file)
+}
+
 impl Store {
     /// Gives a sealed draft its place, unless a base of the same content is there already; then the draft vanishes. One
     /// that is there but damaged is replaced, in an order in which there is a base at any time.
@@ -216,13 +229,9 @@ impl Store {
     /// Opens the file of a base, whatever its record says. It is held as by any other reader.
     ///
     /// # Errors
-    /// [`ErrorKind::NotFound`] if there is none; [`ErrorKind::Busy`] if it is being removed.
+    /// [`ErrorKind::NotFound`] if there is none; [`ErrorKind::Busy`] if it is being removed or replaced.
     pub(super) fn base_file(&self, id: &BaseId) -> Result<File> {
-        let file = self.bases.open_dir(&id.to_string())?.open_file(layout::BASE_RAW, Access::Read)?;
-        if !try_lock(&file, Share::Shared).context(|| format!("lock base {id}"))? {
-            return Err(Error::new(ErrorKind::Busy, format!("base {id}: being removed")));
-        }
-        Ok(file)
+        share(id, self.bases.open_dir(&id.to_string())?.open_file(layout::BASE_RAW, Access::Read)?)
     }
 
     /// Writes a record for a base whose bytes are right as it is now.
@@ -248,10 +257,7 @@ impl Store {
             ErrorKind::NotFound => Error::caused(ErrorKind::Corrupt, format!("base {id}: incomplete"), error),
             _ => error,
         };
-        let file = folder.open_file(layout::BASE_RAW, Access::Read).map_err(whole)?;
-        if !try_lock(&file, Share::Shared).context(|| format!("lock base {id}"))? {
-            return Err(Error::new(ErrorKind::Busy, format!("base {id}: being removed")));
-        }
+        let file = share(id, folder.open_file(layout::BASE_RAW, Access::Read).map_err(whole)?)?;
         let record: BaseRecord =
             record::read(&folder, layout::BASE_RECORD, RECORD_BYTES_MAX).map_err(whole)?;
         if check_disk_bytes(record.size).is_err() {

@@ -229,6 +229,19 @@ fn a_changed_base_is_accepted_only_if_its_bytes_are_right() {
     assert_eq!(full(&t).findings, []);
 }
 
+/// Between opening and locking a base could be replaced; the damaged file was then read, and the new one judged by it.
+#[test]
+fn a_base_that_was_replaced_between_opening_and_locking_is_not_held() {
+    let t = store_with_image();
+    let (base, path) = base_of(&t);
+    let opened = File::open(&path).unwrap();
+    t.store.mark_base_damaged(&base).unwrap();
+    t.import("again", &image_bytes()).unwrap();
+    let error = super::super::bases::share(&base, opened).unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Busy, "{error}");
+    super::super::bases::share(&base, File::open(&path).unwrap()).unwrap();
+}
+
 #[test]
 fn kernels_and_ramdisks_are_checked_by_content() {
     let t = empty_store();

@@ -82,7 +82,7 @@ impl Store {
                 .zip(&inventory.instances)
                 .flat_map(|(at, instance)| instance.disks().map(move |(disk, _)| (at, disk)))
                 .collect();
-            self.look_at_objects(&inventory, report)?;
+            self.look_at_objects(&inventory, request, report)?;
             self.look_at_live_maps(&inventory, report)?;
         } else {
             self.look_at_targets(request, &mut inventory, report)?;

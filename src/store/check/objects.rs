@@ -7,7 +7,7 @@ use super::super::{Store, atomic, layout};
 use super::inventory::{Inventory, unknown};
 use super::{CheckReport, CheckRequest, hint_or, is_gone, list, note_outcome, said};
 use crate::error::{Error, ErrorKind, Result};
-use crate::finding::{Remedy, Severity};
+use crate::finding::{Finding, Remedy, Severity};
 use crate::format::BaseId;
 use crate::units::HumanBytes;
 
@@ -16,7 +16,12 @@ const REMOVABLE: [&str; 4] = ["base-unreferenced", "boot-unreferenced", "attribu
 
 impl Store {
     /// Looks at all that lies beside records and disks. The caller holds the store's lock, where there is one.
-    pub(super) fn look_at_objects(&self, inventory: &Inventory, report: &mut CheckReport) -> Result<()> {
+    pub(super) fn look_at_objects(
+        &self,
+        inventory: &Inventory,
+        request: &CheckRequest,
+        report: &mut CheckReport,
+    ) -> Result<()> {
         for id in inventory.base_users.keys() {
             self.look_at_base(id, inventory, report);
         }
@@ -37,7 +42,7 @@ impl Store {
                 Err(_) => unknown(report, layout::BASES, &name),
             }
         }
-        self.look_at_boot_files(inventory, report)?;
+        self.look_at_boot_files(inventory, request, report)?;
         self.look_at_attribute_files(inventory, report)?;
         for name in self.tmp.names()? {
             if atomic::is_dead(&self.tmp, &name)? {
@@ -113,7 +118,12 @@ impl Store {
         Ok(faults)
     }
 
-    fn look_at_boot_files(&self, inventory: &Inventory, report: &mut CheckReport) -> Result<()> {
+    fn look_at_boot_files(
+        &self,
+        inventory: &Inventory,
+        request: &CheckRequest,
+        report: &mut CheckReport,
+    ) -> Result<()> {
         for (id, users) in &inventory.boot_users {
             report.boot_files += 1;
             if let Err(error) = self.open_boot_file(id) {
@@ -124,6 +134,8 @@ impl Store {
                 let message = format!("{what}; needed by {}", list(users));
                 report.add("boot-missing", Severity::Damage, format!("boot file {id}"), message, remedy);
             }
+            let attributes = format!("{}/{}", layout::ATTRS, layout::boot_attributes_file(id));
+            self.look_at_attributes(&FileRef::Boot(*id), attributes, request, report);
         }
         for name in self.boot.names()? {
             match name.parse::<BootFileId>() {
@@ -175,12 +187,11 @@ impl Store {
         if is_gone(&error) {
             return;
         }
-        let remedy =
-            Remedy::Repair("forgets them: owner and mode are again as nobody has changed them".to_owned());
-        report.add("attributes", Severity::Warning, object, said(&error), remedy);
-        if let (true, Some(finding)) = (request.repair, report.findings.last_mut()) {
-            note_outcome(finding, self.forget_attributes_of(file));
+        let mut finding = unreadable_attributes(object, &error);
+        if request.repair && finding.can_be_repaired() {
+            note_outcome(&mut finding, self.forget_attributes_of(file));
         }
+        report.findings.push(finding);
     }
 
     /// Removes what nothing refers to and what the dead have left, counting anew under the store's lock.
@@ -211,11 +222,40 @@ impl Store {
     }
 }
 
+/// Attributes that cannot be read. Only those that are damaged are forgotten: others may be read the next time.
+fn unreadable_attributes(object: String, error: &Error) -> Finding {
+    let (kind, remedy) = if error.kind() == ErrorKind::Corrupt {
+        let remedy = "forgets them: owner and mode are again as nobody has changed them";
+        ("attributes", Remedy::Repair(remedy.to_owned()))
+    } else {
+        ("read-error", hint_or(error, "check the host's disk and its limits; they are left as they are"))
+    };
+    Finding::new(kind, Severity::Warning, object, said(error), remedy)
+}
+
 /// What becomes of what nothing refers to.
 fn removal(inventory: &Inventory) -> Remedy {
     if inventory.complete {
         Remedy::Repair("removes it".to_owned())
     } else {
         Remedy::Nothing("it is kept: a record that cannot be read may refer to it".to_owned())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Any error but "not found" made a repair unlink the record: good owners and modes were gone.
+    #[test]
+    fn attributes_that_cannot_be_read_just_now_are_not_forgotten() {
+        for kind in [ErrorKind::Io, ErrorKind::Denied, ErrorKind::Busy, ErrorKind::Unsupported] {
+            let error = Error::new(kind, "read disk.attr");
+            let finding = unreadable_attributes("disk web-3/disk".to_owned(), &error);
+            assert_eq!(finding.kind, "read-error");
+            assert!(!finding.can_be_repaired(), "{finding:?}");
+        }
+        let damaged = Error::new(ErrorKind::Corrupt, "disk.attr: not a valid record");
+        assert!(unreadable_attributes("disk web-3/disk".to_owned(), &damaged).can_be_repaired());
     }
 }

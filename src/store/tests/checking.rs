@@ -4,42 +4,42 @@ use super::*;
 use crate::finding::{Finding, Outcome, Severity};
 use crate::format::BaseId;
 
-fn check_with(t: &TestStore, request: &CheckRequest) -> CheckReport {
+pub(super) fn check_with(t: &TestStore, request: &CheckRequest) -> CheckReport {
     let store = Store::open_as_it_is(t.folder.path()).unwrap().with_run_dir(t.run.path());
     store.check(request, &NoProgress).unwrap()
 }
 
 /// A check changes nothing.
 #[track_caller]
-fn check(t: &TestStore) -> Vec<Finding> {
+pub(super) fn check(t: &TestStore) -> Vec<Finding> {
     let before = t.snapshot();
     let report = check_with(t, &CheckRequest::default());
     assert_eq!(t.snapshot(), before);
     report.findings
 }
 
-fn full(t: &TestStore) -> CheckReport {
+pub(super) fn full(t: &TestStore) -> CheckReport {
     check_with(t, &CheckRequest { full: true, ..CheckRequest::default() })
 }
 
-fn repair(t: &TestStore) -> CheckReport {
+pub(super) fn repair(t: &TestStore) -> CheckReport {
     check_with(t, &CheckRequest { repair: true, ..CheckRequest::default() })
 }
 
 /// The one finding that there is.
 #[track_caller]
-fn only(findings: &[Finding], kind: &str, severity: Severity) -> Finding {
+pub(super) fn only(findings: &[Finding], kind: &str, severity: Severity) -> Finding {
     let [finding] = findings else { panic!("not one finding: {findings:#?}") };
     assert_eq!((finding.kind, finding.severity), (kind, severity), "{finding:#?}");
     finding.clone()
 }
 
-fn base_of(t: &TestStore) -> (BaseId, PathBuf) {
+pub(super) fn base_of(t: &TestStore) -> (BaseId, PathBuf) {
     let base = t.store.image(&name("debian")).unwrap().base;
     (base, t.path(&format!("bases/{base}/base.raw")))
 }
 
-fn put(path: &Path, bytes: &[u8]) {
+pub(super) fn put(path: &Path, bytes: &[u8]) {
     File::create(path).unwrap().write_all(bytes).unwrap();
 }
 

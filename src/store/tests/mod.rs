@@ -7,6 +7,7 @@ mod flavoring;
 mod hosts;
 mod importing;
 mod instancing;
+mod repairing;
 mod scrubbing;
 
 use std::fs::File;

@@ -13,12 +13,13 @@ use rustix::fs::{Gid, Uid};
 use serde::{Deserialize, Serialize};
 
 use super::atomic::{DraftDir, Removal};
+use super::check::hash_from_disk;
 use super::dir::{Access, Dir, MODE_FOLDER, MODE_PRIVATE, MODE_READ_ONLY};
 use super::lock::{Share, StoreLock, try_lock};
-use super::progress::{Progress, Work};
+use super::progress::Progress;
 use super::record::{self, RECORD_BYTES_MAX};
 use super::timestamp::Timestamp;
-use super::{Store, atomic, copy, layout};
+use super::{Store, atomic, layout};
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::format::BaseId;
 use crate::storage::FileStorage;
@@ -29,6 +30,11 @@ const MODE_FOLDER_LENT: u32 = 0o711;
 /// What to do about a base whose bytes are wrong. A filesystem made anew has another UUID, so a flavor's is lost.
 pub(super) const DAMAGED_HINT: &str =
     "importing the same image again repairs it; what a flavor made must come from a backup of the store";
+/// What is said of contents that one of two readings has shown to be right.
+pub(super) const READ_TWICE: &str = "its bytes are right, but one reading of them was wrong or failed";
+/// What to do about that.
+pub(super) const READ_TWICE_HINT: &str =
+    "check the host's memory, its disk and what connects them; the base is left as it is";
 /// What to do about a base whose bytes may be right, because the store was copied, say.
 const TOUCHED_HINT: &str =
     "if its bytes are right, this repairs it: cowdisk image verify, or cowdisk flavor verify";
@@ -155,6 +161,31 @@ fn fingerprint(file: &File) -> Result<BaseRecord> {
     let mtime_ns = i128::from(metadata.mtime()) * 1_000_000_000 + i128::from(metadata.mtime_nsec());
     let created = Timestamp::now();
     Ok(BaseRecord { size: metadata.len(), mtime_ns, inode: metadata.ino(), created, damaged: false })
+}
+
+/// What reading contents has shown.
+pub(super) enum Contents {
+    /// They are those of the name.
+    Right,
+    /// They are, but one reading has shown others, or failed.
+    RightAtSecond,
+    /// They are others, and their hash is this one.
+    Other([u8; 32]),
+}
+
+/// Has contents hashed and compares them with the hash they are named by. Where they differ or cannot be read, they are
+/// read again: what is said of a base locks out every disk over it, so it takes more than one bit that flipped on its way.
+pub(super) fn compare_contents(
+    name: [u8; 32],
+    mut hash: impl FnMut() -> Result<[u8; 32]>,
+) -> Result<Contents> {
+    match hash() {
+        Ok(found) if found == name => return Ok(Contents::Right),
+        Err(error) if error.kind() != ErrorKind::Io => return Err(error),
+        Ok(_) | Err(_) => {}
+    }
+    let second = hash()?;
+    Ok(if second == name { Contents::RightAtSecond } else { Contents::Other(second) })
 }
 
 /// Holds a base's file, which the caller has just opened, as every reader does.
@@ -286,15 +317,21 @@ impl Store {
             let message = format!("base {id}: {}", record.difference(&found));
             return Err(Error::new(ErrorKind::Corrupt, message).with_hint(DAMAGED_HINT));
         }
-        let hash = {
-            let work = Work::begin(progress, "verify", Some(found.size));
-            copy::hash(&file, found.size, &work)?
-        };
-        if hash != id.0 {
-            self.rewrite_record(id, &BaseRecord { damaged: true, ..record })?;
-            let message = format!("base {id}: its bytes have changed, their hash is now {}", BaseId(hash));
-            return Err(Error::new(ErrorKind::Corrupt, message)
-                .with_hint(format!("no overlay over it opens any more; {DAMAGED_HINT}")));
+        // Past the host's cache: what a scrub has found on the disk must not be forgiven for what the cache still has.
+        let contents = compare_contents(id.0, || hash_from_disk(&file, found.size, "verify", progress));
+        match contents.context(|| format!("read base {id}"))? {
+            Contents::Right => {}
+            Contents::RightAtSecond => {
+                let message = format!("base {id}: {READ_TWICE}");
+                return Err(Error::new(ErrorKind::Io, message).with_hint(READ_TWICE_HINT));
+            }
+            Contents::Other(hash) => {
+                self.rewrite_record(id, &BaseRecord { damaged: true, ..record })?;
+                let message =
+                    format!("base {id}: its bytes have changed, their hash is now {}", BaseId(hash));
+                return Err(Error::new(ErrorKind::Corrupt, message)
+                    .with_hint(format!("no overlay over it opens any more; {DAMAGED_HINT}")));
+            }
         }
         let good = BaseRecord { created: record.created, ..found };
         if good != record {

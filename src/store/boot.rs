@@ -4,6 +4,7 @@ use std::fs::File;
 use std::path::Path;
 
 use super::atomic::{DraftFile, Removal};
+use super::check::hash_from_disk;
 use super::dir::{Access, MODE_READ_ONLY};
 use super::lock::StoreLock;
 use super::progress::{Progress, Work};
@@ -68,7 +69,7 @@ impl Store {
     pub(super) fn verify_boot_file(&self, id: &BootFileId, progress: &dyn Progress) -> Result<()> {
         let file = self.open_boot_file(id)?;
         let len = file.metadata().context(|| format!("look up boot file {id}"))?.len();
-        let hash = copy::hash(&file, len, &Work::begin(progress, "verify", Some(len)))?;
+        let hash = hash_from_disk(&file, len, "verify", progress)?;
         if BootFileId::from_bytes(hash) != *id {
             let message = format!("boot file {id}: its bytes have changed");
             return Err(Error::new(ErrorKind::Corrupt, message));

@@ -2,11 +2,12 @@
 
 use std::fs::File;
 
-use super::super::progress::{Progress, Work};
+use super::super::Store;
+use super::super::bases::{Contents, READ_TWICE, READ_TWICE_HINT, compare_contents};
+use super::super::progress::Progress;
 use super::super::record::BootFileId;
-use super::super::{Store, copy};
 use super::inventory::Inventory;
-use super::{CheckReport, CheckRequest, is_gone, note_outcome, said};
+use super::{CheckReport, CheckRequest, hash_from_disk, is_gone, note_outcome, said};
 use crate::error::{Context, ErrorKind, Result};
 use crate::finding::{Finding, Outcome, Remedy, Severity};
 use crate::format::BaseId;
@@ -36,9 +37,9 @@ impl Store {
         if !request.full {
             return Ok(());
         }
-        let mut hash = |what: &str, file: &File, len| {
-            copy::hash(file, len, &Work::begin(progress, &format!("check {what}"), Some(len)))
-        };
+        // As a scrub reads: a base that it has marked must not be accepted for what the host's cache still has of it.
+        let mut hash =
+            |what: &str, file: &File, len| hash_from_disk(file, len, &format!("check {what}"), progress);
         let mut how = ContentCheck { hash: &mut hash, accept: request.repair, mark: request.repair };
         for id in inventory.base_users.keys() {
             self.check_base_content(id, inventory, &mut how, report)?;
@@ -61,14 +62,13 @@ impl Store {
         // was read.
         let Ok(file) = self.base_file(id) else { return Ok(()) };
         let object = format!("base {id}");
-        let hash = file
+        let contents = file
             .metadata()
             .context(|| "look up a base")
-            .and_then(|metadata| (how.hash)(&object, &file, metadata.len()))
-            .map(BaseId);
+            .and_then(|metadata| compare_contents(id.0, || (how.hash)(&object, &file, metadata.len())));
         let users = inventory.users_of(id).join(", ");
         let known = report.findings.iter().position(|finding| finding.object == object);
-        match hash {
+        match contents {
             Err(error) if error.kind() == ErrorKind::Interrupted => return Err(error),
             Err(error) => {
                 let remedy = Remedy::Operator(
@@ -77,15 +77,21 @@ impl Store {
                 let message = format!("{}; needed by {users}", said(&error));
                 report.add("read-error", Severity::Damage, object, message, remedy);
             }
-            Ok(found) if found == *id => {
+            Ok(Contents::RightAtSecond) => {
+                let remedy = Remedy::Operator(READ_TWICE_HINT.to_owned());
+                let message = format!("{READ_TWICE}; needed by {users}");
+                report.add("read-unsteady", Severity::Warning, object, message, remedy);
+            }
+            Ok(Contents::Right) => {
                 if let Some(finding) = known.and_then(|at| report.findings.get_mut(at)) {
                     self.accept(id, finding, how.accept);
                 }
             }
-            Ok(found) => {
+            Ok(Contents::Other(found)) => {
                 if let Some(at) = known {
                     report.findings.remove(at);
                 }
+                let found = BaseId(found);
                 let message = format!("its bytes have changed, their hash is now {found}; needed by {users}");
                 report.findings.push(self.rotten(id, object, message, how.mark));
             }
@@ -141,5 +147,73 @@ impl Store {
             finding.outcome = Outcome::Failed(said(&error));
         }
         finding
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::super::bases::BaseCondition;
+    use super::super::super::progress::NoProgress;
+    use super::super::super::tests::{TestStore, store_with_image};
+    use super::*;
+    use crate::error::Error;
+
+    /// A check of the one base of the store, with `readings` for what it reads: `None` is the right bytes.
+    fn check(t: &TestStore, repair: bool, readings: Vec<Option<Result<[u8; 32]>>>) -> (BaseId, Vec<Finding>) {
+        let request = CheckRequest { full: true, repair, ..CheckRequest::default() };
+        let mut report = CheckReport::default();
+        let inventory = t.store.take_inventory(&request, &mut report).unwrap();
+        let id = *inventory.base_users.keys().next().unwrap();
+        let mut readings = readings.into_iter();
+        let mut hash = |_: &str, _: &File, _| readings.next().unwrap().unwrap_or(Ok(id.0));
+        let mut how = ContentCheck { hash: &mut hash, accept: repair, mark: repair };
+        t.store.check_base_content(&id, &inventory, &mut how, &mut report).unwrap();
+        assert!(readings.next().is_none(), "read less often than expected");
+        (id, report.findings)
+    }
+
+    fn eio() -> Option<Result<[u8; 32]>> {
+        Some(Err(Error::new(ErrorKind::Io, "read it")))
+    }
+
+    /// One bit that flipped on its way locked out every disk over the base.
+    #[test]
+    fn a_base_is_marked_only_if_it_is_wrong_twice() {
+        for first in [Some(Ok([1; 32])), eio()] {
+            let t = store_with_image();
+            let (id, findings) = check(&t, true, vec![first, None]);
+            assert_eq!((findings[0].kind, findings[0].severity), ("read-unsteady", Severity::Warning));
+            t.store.open_base(&id).unwrap();
+        }
+        let t = store_with_image();
+        let (id, findings) = check(&t, true, vec![Some(Ok([1; 32])), Some(Ok([1; 32]))]);
+        assert_eq!(findings[0].kind, "base-damaged");
+        assert!(matches!(t.store.base_condition(&id), Ok(BaseCondition::Damaged { .. })));
+    }
+
+    /// What a scrub had found on the disk was forgiven for what the cache had.
+    #[test]
+    fn contents_are_read_from_the_disk_and_not_from_the_cache() {
+        let t = store_with_image();
+        let request = CheckRequest { full: true, ..CheckRequest::default() };
+        let id = t.store.image(&"debian".parse().unwrap()).unwrap().base;
+        let storage = |store: &Store| crate::storage::FileStorage::new(store.base_file(&id).unwrap(), "base");
+        let is_cached = || {
+            let mut byte = [0];
+            crate::storage::Storage::read_now(&storage(&t.store), 0, &mut byte).unwrap()
+        };
+        let drop_cache = || {
+            let storage = storage(&t.store);
+            storage.sync_all().unwrap();
+            // Waits for what is being read ahead.
+            crate::storage::Storage::read_at(&storage, 0, &mut [0; 8192]).unwrap();
+            crate::storage::Storage::drop_cache(&storage).unwrap();
+        };
+        drop_cache();
+        t.store.check(&request, &NoProgress).unwrap();
+        assert!(!is_cached(), "read through the cache, or temporary files are on one without direct reads");
+        drop_cache();
+        t.store.verify_base(&id, &NoProgress).unwrap();
+        assert!(!is_cached(), "read through the cache");
     }
 }

@@ -18,6 +18,7 @@ mod scrub;
 use std::path::Path;
 use std::sync::Arc;
 
+pub(super) use scrub::hash_from_disk;
 pub use scrub::{SCRUB_RATE_DEFAULT, SCRUB_RATE_MIN, ScrubReport, ScrubRequest};
 
 use super::Store;

@@ -13,6 +13,7 @@ mod reader;
 
 use std::fs::File;
 use std::num::NonZeroU64;
+use std::os::unix::fs::MetadataExt;
 
 use super::super::Store;
 use super::super::instances::Instance;
@@ -23,7 +24,7 @@ use super::contents::ContentCheck;
 use super::disks::open_to_read;
 use super::inventory::Inventory;
 use super::{CheckReport, CheckRequest, CheckTarget, is_gone, said};
-use crate::error::{Error, ErrorKind, Result};
+use crate::error::{Context, Error, ErrorKind, Result};
 use crate::finding::{Remedy, Severity};
 use crate::storage::Storage;
 use crate::units::HumanBytes;
@@ -213,6 +214,19 @@ fn add_unreadable(object: String, message: String, report: &mut CheckReport) {
         "check the host's disk; what it cannot read must come from a backup of the guest".to_owned(),
     );
     report.add("read-error", Severity::Damage, object, message, remedy);
+}
+
+/// Hashes `len` bytes of a file that nobody writes to as a scrub does: what the disk holds, whatever the host's cache has
+/// of it. The descriptor, one of the caller's alone, reads past the cache from then on. `what` is shown meanwhile.
+pub(in crate::store) fn hash_from_disk(
+    file: &File,
+    len: u64,
+    what: &str,
+    progress: &dyn Progress,
+) -> Result<[u8; 32]> {
+    let taken = file.metadata().context(|| "look it up")?.blocks() * 512;
+    let work = Work::begin(progress, what, Some(taken.min(len)));
+    hash(&mut Reader::new(Pace::new(None), &work), file, len)
 }
 
 /// Hashes `len` bytes of a file that nobody writes to.

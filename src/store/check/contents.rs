@@ -3,14 +3,18 @@
 use std::fs::File;
 
 use super::super::Store;
-use super::super::bases::{Contents, READ_TWICE, READ_TWICE_HINT, compare_contents};
+use super::super::bases::{Contents, DAMAGED_HINT, READ_TWICE, READ_TWICE_HINT, compare_contents};
 use super::super::progress::Progress;
 use super::super::record::BootFileId;
 use super::inventory::Inventory;
 use super::{CheckReport, CheckRequest, hash_from_disk, is_gone, note_outcome, said};
-use crate::error::{Context, ErrorKind, Result};
+use crate::error::{Context, Error, ErrorKind, Result};
 use crate::finding::{Finding, Outcome, Remedy, Severity};
 use crate::format::BaseId;
+
+/// What to do about a base that cannot be read and is not marked.
+const UNREADABLE_HINT: &str = "check the host's disk; if that does not help, check --full --repair marks the base, upon which \
+     nothing opens over it and importing the same image again replaces it; what a flavor made must come from a backup";
 
 /// Hashes a file: what it is, the file, a descriptor of its own, and how many bytes it has.
 pub(super) type HashFile<'a> = dyn FnMut(&str, &File, u64) -> Result<[u8; 32]> + 'a;
@@ -23,6 +27,8 @@ pub(super) struct ContentCheck<'a> {
     pub(super) accept: bool,
     /// Whether a base that has other bytes is marked, so that nothing opens over it.
     pub(super) mark: bool,
+    /// Whether a base that cannot be read is marked, so that importing its image again replaces it.
+    pub(super) mark_unreadable: bool,
 }
 
 impl Store {
@@ -40,7 +46,12 @@ impl Store {
         // As a scrub reads: a base that it has marked must not be accepted for what the host's cache still has of it.
         let mut hash =
             |what: &str, file: &File, len| hash_from_disk(file, len, &format!("check {what}"), progress);
-        let mut how = ContentCheck { hash: &mut hash, accept: request.repair, mark: request.repair };
+        let mut how = ContentCheck {
+            hash: &mut hash,
+            accept: request.repair,
+            mark: request.repair,
+            mark_unreadable: request.repair,
+        };
         for id in inventory.base_users.keys() {
             self.check_base_content(id, inventory, &mut how, report)?;
         }
@@ -71,11 +82,8 @@ impl Store {
         match contents {
             Err(error) if error.kind() == ErrorKind::Interrupted => return Err(error),
             Err(error) => {
-                let remedy = Remedy::Operator(
-                    "check the host's disk; the base must come from a backup, or from importing the image again".to_owned(),
-                );
                 let message = format!("{}; needed by {users}", said(&error));
-                report.add("read-error", Severity::Damage, object, message, remedy);
+                report.findings.push(self.unreadable(id, object, message, &error, how.mark_unreadable));
             }
             Ok(Contents::RightAtSecond) => {
                 let remedy = Remedy::Operator(READ_TWICE_HINT.to_owned());
@@ -138,8 +146,23 @@ impl Store {
         }
     }
 
+    /// A base that cannot be read. One that is not marked counts as whole, and an import would keep it.
+    fn unreadable(&self, id: &BaseId, object: String, message: String, error: &Error, mark: bool) -> Finding {
+        let mark = mark && error.kind() == ErrorKind::Io;
+        let advice = match mark {
+            true => format!("check the host's disk; the base is marked as damaged; {DAMAGED_HINT}"),
+            false => UNREADABLE_HINT.to_owned(),
+        };
+        let mut finding =
+            Finding::new("read-error", Severity::Damage, object, message, Remedy::Operator(advice));
+        if mark && let Err(error) = self.mark_base_damaged(id) {
+            finding.outcome = Outcome::Failed(said(&error));
+        }
+        finding
+    }
+
     fn rotten(&self, id: &BaseId, object: String, message: String, mark: bool) -> Finding {
-        let advice = super::super::bases::DAMAGED_HINT.to_owned();
+        let advice = DAMAGED_HINT.to_owned();
         let mut finding =
             Finding::new("base-damaged", Severity::Damage, object, message, Remedy::Operator(advice));
         // Marked, so that nothing opens over it until it is whole again.
@@ -156,8 +179,6 @@ mod tests {
     use super::super::super::progress::NoProgress;
     use super::super::super::tests::{TestStore, store_with_image};
     use super::*;
-    use crate::error::Error;
-
     /// A check of the one base of the store, with `readings` for what it reads: `None` is the right bytes.
     fn check(t: &TestStore, repair: bool, readings: Vec<Option<Result<[u8; 32]>>>) -> (BaseId, Vec<Finding>) {
         let request = CheckRequest { full: true, repair, ..CheckRequest::default() };
@@ -166,7 +187,7 @@ mod tests {
         let id = *inventory.base_users.keys().next().unwrap();
         let mut readings = readings.into_iter();
         let mut hash = |_: &str, _: &File, _| readings.next().unwrap().unwrap_or(Ok(id.0));
-        let mut how = ContentCheck { hash: &mut hash, accept: repair, mark: repair };
+        let mut how = ContentCheck { hash: &mut hash, accept: repair, mark: repair, mark_unreadable: repair };
         t.store.check_base_content(&id, &inventory, &mut how, &mut report).unwrap();
         assert!(readings.next().is_none(), "read less often than expected");
         (id, report.findings)
@@ -189,6 +210,32 @@ mod tests {
         let (id, findings) = check(&t, true, vec![Some(Ok([1; 32])), Some(Ok([1; 32]))]);
         assert_eq!(findings[0].kind, "base-damaged");
         assert!(matches!(t.store.base_condition(&id), Ok(BaseCondition::Damaged { .. })));
+    }
+
+    /// It counted as whole, so importing the image again, as was advised, threw the good copy away.
+    #[test]
+    fn a_base_that_cannot_be_read_is_replaced_by_importing_its_image_again() {
+        use std::os::unix::fs::MetadataExt;
+        let t = store_with_image();
+        let inode = |id: &BaseId| t.store.base_file(id).unwrap().metadata().unwrap().ino();
+        let (id, findings) = check(&t, false, vec![eio(), eio()]);
+        assert_eq!((findings[0].kind, findings[0].severity), ("read-error", Severity::Damage));
+        assert!(findings[0].remedy.text().contains("check --full --repair"), "{findings:?}");
+        t.store.open_base(&id).unwrap();
+        let (_, findings) = check(&t, true, vec![eio(), eio()]);
+        assert!(findings[0].remedy.text().contains("importing the same image again"), "{findings:?}");
+        t.store.open_base(&id).unwrap_err();
+        let before = inode(&id);
+        let source = t.run.path().join("source.raw");
+        std::io::Write::write_all(
+            &mut File::create(&source).unwrap(),
+            &std::fs::read(t.folder.path().join(format!("bases/{id}/base.raw"))).unwrap(),
+        )
+        .unwrap();
+        let request = super::super::super::ImportRequest { source, ..Default::default() };
+        t.store.import_image(&"again".parse().unwrap(), &request, &NoProgress).unwrap();
+        t.store.open_base(&id).unwrap();
+        assert_ne!(inode(&id), before);
     }
 
     /// What a scrub had found on the disk was forgiven for what the cache had.

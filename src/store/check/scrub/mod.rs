@@ -126,7 +126,7 @@ impl Store {
             log::info!("scrub: {what}");
             hash(reader, file, len)
         };
-        let mut how = ContentCheck { hash: &mut hash, accept: false, mark: true };
+        let mut how = ContentCheck { hash: &mut hash, accept: false, mark: true, mark_unreadable: false };
         for id in inventory.base_users.keys() {
             self.check_base_content(id, inventory, &mut how, &mut report.check)?;
             report.bases_read += 1;

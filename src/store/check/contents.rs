@@ -7,7 +7,7 @@ use super::super::bases::{Contents, DAMAGED_HINT, READ_TWICE, READ_TWICE_HINT, c
 use super::super::progress::Progress;
 use super::super::record::BootFileId;
 use super::inventory::Inventory;
-use super::{CheckReport, CheckRequest, hash_from_disk, is_gone, note_outcome, said};
+use super::{CheckReport, CheckRequest, hash_from_disk, hint_or, is_gone, note_outcome, said};
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::finding::{Finding, Outcome, Remedy, Severity};
 use crate::format::BaseId;
@@ -61,24 +61,30 @@ impl Store {
         Ok(())
     }
 
-    /// Reads a base, and names all that need it if it is not what it should be.
+    /// Reads a base, and names all that need it if it is not what it should be. Answers whether all of it was read.
     pub(super) fn check_base_content(
         &self,
         id: &BaseId,
         inventory: &Inventory,
         how: &mut ContentCheck<'_>,
         report: &mut CheckReport,
-    ) -> Result<()> {
-        // Known by now if it fails: missing, or being replaced. Held until it is judged, so that what is marked is what
-        // was read.
-        let Ok(file) = self.base_file(id) else { return Ok(()) };
+    ) -> Result<bool> {
         let object = format!("base {id}");
+        // Held until it is judged, so that what is marked is what was read.
+        let file = match self.base_file(id) {
+            Ok(file) => file,
+            Err(error) => {
+                add_unopened(object, &error, report);
+                return Ok(false);
+            }
+        };
         let contents = file
             .metadata()
             .context(|| "look up a base")
             .and_then(|metadata| compare_contents(id.0, || (how.hash)(&object, &file, metadata.len())));
         let users = inventory.users_of(id).join(", ");
         let known = report.findings.iter().position(|finding| finding.object == object);
+        let is_read = contents.is_ok();
         match contents {
             Err(error) if error.kind() == ErrorKind::Interrupted => return Err(error),
             Err(error) => {
@@ -104,36 +110,42 @@ impl Store {
                 report.findings.push(self.rotten(id, object, message, how.mark));
             }
         }
-        Ok(())
+        Ok(is_read)
     }
 
-    /// Reads a kernel or a ramdisk.
+    /// Reads a kernel or a ramdisk. Answers whether all of it was read.
     pub(super) fn check_boot_file_content(
         &self,
         id: &BootFileId,
         inventory: &Inventory,
         how: &mut ContentCheck<'_>,
         report: &mut CheckReport,
-    ) -> Result<()> {
+    ) -> Result<bool> {
         let object = format!("boot file {id}");
-        let hash = self.open_boot_file(id).and_then(|file| {
-            let len = file.metadata().context(|| format!("look up {object}"))?.len();
-            (how.hash)(&object, &file, len)
-        });
-        let what = match hash {
+        let file = match self.open_boot_file(id) {
+            Ok(file) => file,
+            Err(error) => {
+                add_unopened(object, &error, report);
+                return Ok(false);
+            }
+        };
+        let hash = file
+            .metadata()
+            .context(|| format!("look up {object}"))
+            .and_then(|metadata| (how.hash)(&object, &file, metadata.len()));
+        let is_read = hash.is_ok();
+        let (kind, what) = match hash {
             Err(error) if error.kind() == ErrorKind::Interrupted => return Err(error),
-            // Known by now, or removed meanwhile.
-            Err(error) if is_gone(&error) => return Ok(()),
-            Ok(found) if BootFileId::from_bytes(found) == *id => return Ok(()),
-            Ok(_) => "its bytes have changed".to_owned(),
-            Err(error) => said(&error),
+            Ok(found) if BootFileId::from_bytes(found) == *id => return Ok(true),
+            Ok(_) => ("boot-damaged", "its bytes have changed".to_owned()),
+            Err(error) => ("read-error", said(&error)),
         };
         let remedy = Remedy::Operator(
             "remove it and import the image with it again, or bring it back from a backup".to_owned(),
         );
         let users = inventory.boot_users.get(id).map_or_else(String::new, |users| users.join(", "));
-        report.add("boot-damaged", Severity::Damage, object, format!("{what}; needed by {users}"), remedy);
-        Ok(())
+        report.add(kind, Severity::Damage, object, format!("{what}; needed by {users}"), remedy);
+        Ok(is_read)
     }
 
     /// A base that did not look as it was stored, but whose bytes are right.
@@ -170,6 +182,22 @@ impl Store {
             finding.outcome = Outcome::Failed(said(&error));
         }
         finding
+    }
+}
+
+/// What is said of a file that was not opened, and so not read. What is missing is known by now, as is what is something
+/// else than a file.
+fn add_unopened(object: String, error: &Error, report: &mut CheckReport) {
+    let known = report.findings.iter().any(|finding| finding.object == object);
+    if is_gone(error) || known {
+        return;
+    }
+    if error.kind() == ErrorKind::Busy {
+        let remedy = Remedy::Nothing("it is being removed or replaced; read it again later".to_owned());
+        report.add("not-read", Severity::Note, object, format!("not read: {}", said(error)), remedy);
+    } else {
+        let remedy = hint_or(error, "check the host's disk and its limits, and read it again");
+        report.add("read-error", Severity::Damage, object, format!("not read: {}", said(error)), remedy);
     }
 }
 

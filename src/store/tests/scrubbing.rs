@@ -129,3 +129,29 @@ fn readers_of_the_store_exclude_changes_and_not_each_other() {
     drop((first, second));
     assert!(StoreLock::try_take(&t.store.root).unwrap().is_some());
 }
+
+/// A base that could not be opened counted as read, and nothing was said.
+#[test]
+fn what_was_not_read_is_not_counted_and_is_told() {
+    let t = empty_store();
+    let request = ImportRequest {
+        source: t.file("source.img", &image_bytes()),
+        kernel: Some(t.file("vmlinuz", b"a kernel")),
+        ..ImportRequest::default()
+    };
+    let image = t.store.import_image(&name("debian"), &request, &NoProgress).unwrap();
+    let path = t.path(&format!("bases/{}/base.raw", image.base));
+    // As whoever replaces it does.
+    let held = t.store.hold_base(&image.base).unwrap();
+    let report = scrub(&t);
+    let [finding] = &report.check.findings[..] else { panic!("{report:#?}") };
+    assert_eq!((finding.kind, finding.severity), ("not-read", Severity::Note));
+    assert_eq!((report.bases_read, report.boot_files_read), (0, 1));
+    drop(held);
+    std::fs::remove_file(path).unwrap();
+    std::fs::remove_file(t.path(&format!("boot/{}", image.kernel.unwrap()))).unwrap();
+    let report = scrub(&t);
+    let kinds: Vec<_> = report.check.findings.iter().map(|finding| finding.kind).collect();
+    assert_eq!(kinds, ["base-missing", "boot-missing"]);
+    assert_eq!((report.bases_read, report.boot_files_read), (0, 0));
+}

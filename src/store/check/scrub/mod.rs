@@ -128,12 +128,12 @@ impl Store {
         };
         let mut how = ContentCheck { hash: &mut hash, accept: false, mark: true, mark_unreadable: false };
         for id in inventory.base_users.keys() {
-            self.check_base_content(id, inventory, &mut how, &mut report.check)?;
-            report.bases_read += 1;
+            let is_read = self.check_base_content(id, inventory, &mut how, &mut report.check)?;
+            report.bases_read += u64::from(is_read);
         }
         for id in inventory.boot_users.keys() {
-            self.check_boot_file_content(id, inventory, &mut how, &mut report.check)?;
-            report.boot_files_read += 1;
+            let is_read = self.check_boot_file_content(id, inventory, &mut how, &mut report.check)?;
+            report.boot_files_read += u64::from(is_read);
         }
         Ok(())
     }

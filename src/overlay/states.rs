@@ -1,6 +1,7 @@
 //! A private, sparse copy of an allocation map: what recovery builds and what inspectors read.
 
 use std::collections::BTreeMap;
+use std::sync::Arc;
 
 use crate::format::{BLOCKS_PER_PAGE, BlockState, Change, PAGE_WORDS, STATES_PER_WORD, StateWord, page_of};
 use crate::units::BlockSpan;
@@ -17,16 +18,24 @@ pub struct Extent {
     pub state: BlockState,
 }
 
-/// The states of all blocks of a layer; pages that were never written to take no memory, and are all `Base`.
+/// The states of all blocks of a layer; pages that were never written to take no memory, and are all `Base`. A page that a
+/// change covers whole takes its place in the tree only, however many there are: two changes may cover a disk of 16 TiB.
 #[derive(Debug, Default)]
 pub struct SparseStates {
-    pages: BTreeMap<u64, Box<PageWords>>,
+    pages: BTreeMap<u64, Arc<PageWords>>,
+    /// Pages all in one state, by its number, which all pages share that are so.
+    filled: [Option<Arc<PageWords>>; 3],
 }
 
 impl SparseStates {
     /// Puts a whole page in its place.
     pub fn insert_page(&mut self, page: u64, words: Box<PageWords>) {
-        self.pages.insert(page, words);
+        self.pages.insert(page, Arc::from(words));
+    }
+
+    fn filled(&mut self, state: BlockState) -> Arc<PageWords> {
+        let shared = &mut self.filled[state as usize];
+        shared.get_or_insert_with(|| Arc::new([StateWord::filled(state).0; PAGE_WORDS])).clone()
     }
 
     /// The pages that are there, in order.
@@ -36,16 +45,31 @@ impl SparseStates {
 
     /// The words of `page`, if it is there.
     pub fn page(&self, page: u64) -> Option<&PageWords> {
-        self.pages.get(&page).map(Box::as_ref)
+        self.pages.get(&page).map(Arc::as_ref)
     }
 
     /// Gives the blocks of `change` their new state.
     pub fn apply(&mut self, change: Change) {
-        let mut pieces = word_pieces(change.span).peekable();
+        let BlockSpan { start, end } = change.span;
+        let (first, last) = (start.next_multiple_of(BLOCKS_PER_PAGE).min(end), end - end % BLOCKS_PER_PAGE);
+        self.apply_to_parts(BlockSpan::new(start, first), change.state);
+        if first < last {
+            let words = self.filled(change.state);
+            for page in first / BLOCKS_PER_PAGE..last / BLOCKS_PER_PAGE {
+                self.pages.insert(page, words.clone());
+            }
+        }
+        self.apply_to_parts(BlockSpan::new(last.max(first), end), change.state);
+    }
+
+    /// Gives blocks a state, each page that they touch having words of its own afterwards.
+    fn apply_to_parts(&mut self, span: BlockSpan, state: BlockState) {
+        let mut pieces = word_pieces(span).peekable();
         while let Some(page) = pieces.peek().map(|piece| piece.page) {
-            let words = self.pages.entry(page).or_insert_with(|| Box::new([0; PAGE_WORDS]));
+            let words = self.pages.entry(page).or_insert_with(|| Arc::new([0; PAGE_WORDS]));
+            let words = Arc::make_mut(words);
             while let Some(piece) = pieces.next_if(|piece| piece.page == page) {
-                words[piece.word] = StateWord(words[piece.word]).with(piece.start, piece.end, change.state).0;
+                words[piece.word] = StateWord(words[piece.word]).with(piece.start, piece.end, state).0;
             }
         }
     }
@@ -121,7 +145,7 @@ impl SparseStates {
 
 /// The last block of some pages, which are in order, whose state is wanted.
 fn last_block<'a>(
-    pages: impl DoubleEndedIterator<Item = (&'a u64, &'a Box<PageWords>)>,
+    pages: impl DoubleEndedIterator<Item = (&'a u64, &'a Arc<PageWords>)>,
     is_wanted: impl Fn(BlockState) -> bool,
 ) -> Option<u64> {
     pages.rev().find_map(|(page, words)| {
@@ -247,6 +271,21 @@ mod tests {
         let changes = vec![change(0, 1 << 24, BlockState::Zero); 16_128];
         states.apply_all(&changes);
         assert_eq!(states.extent(0, 1 << 24).span.end, 1 << 24);
+    }
+
+    /// Two changes over a disk of 16 TiB took 1 GiB.
+    #[test]
+    fn pages_that_changes_cover_whole_share_their_words() {
+        let mut states = SparseStates::default();
+        let (half, end) = (1 << 23, 1 << 24);
+        states.apply_all(&[change(5, end, BlockState::Zero), change(half, end, BlockState::Data)]);
+        let own = states.pages.values().filter(|words| Arc::strong_count(words) == 1).count();
+        assert!(own <= 3, "{own} pages have words of their own");
+        assert_eq!(states.extent(5, end).span, BlockSpan::new(5, half));
+        assert_eq!(states.extent(half, end).span, BlockSpan::new(half, end));
+        states.apply(change(20_000, 20_001, BlockState::Base));
+        assert_eq!(states.extent(5, end).span.end, 20_000);
+        assert_eq!(states.extent(40_000, end).span.end, half, "no other page has changed");
     }
 
     #[test]

@@ -4,7 +4,7 @@ use std::fs::{self, File};
 use std::os::unix::fs::{FileExt as _, MetadataExt as _};
 use std::process::Command;
 
-use super::mounted::{Mounted, may_mount};
+use super::mounted::{Mounted, needs_mount};
 use super::{Place, text};
 
 /// The capability to unmount, as a bit.
@@ -87,9 +87,7 @@ fn check_spared(pid: u64) {
 
 #[test]
 fn a_daemon_keeps_only_what_serving_needs() {
-    if !may_mount() {
-        return;
-    }
+    needs_mount();
     let mounted = Mounted::new();
     let pid = daemon_pid(&mounted.0);
     check_confined(&mounted.0, SYS_ADMIN);
@@ -111,9 +109,7 @@ fn a_daemon_keeps_only_what_serving_needs() {
 /// Root mounted another user's store with root's rights, and its commands made root's files in it.
 #[test]
 fn the_store_of_another_user_is_served_and_changed_with_that_users_rights() {
-    if !may_mount() {
-        return;
-    }
+    needs_mount();
     let place = Place::furnished();
     let owner = format!("{USER}:{USER}");
     for path in [place.path(""), place.run.path().to_str().unwrap().to_owned()] {
@@ -150,9 +146,7 @@ fn the_store_of_another_user_is_served_and_changed_with_that_users_rights() {
 /// A path that the owner may not go is root's to go, for mounting and for unmounting.
 #[test]
 fn a_mountpoint_behind_a_closed_folder_is_left_again() {
-    if !may_mount() {
-        return;
-    }
+    needs_mount();
     let place = Place::furnished();
     let owner = format!("{USER}:{USER}");
     for path in [place.path("store"), place.run.path().to_str().unwrap().to_owned()] {

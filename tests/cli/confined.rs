@@ -2,6 +2,7 @@
 
 use std::fs::{self, File};
 use std::os::unix::fs::{FileExt as _, MetadataExt as _};
+use std::path::Path;
 use std::process::Command;
 
 use super::mounted::{Mounted, needs_mount};
@@ -164,4 +165,24 @@ fn a_mountpoint_behind_a_closed_folder_is_left_again() {
     let mounted = Mounted(place);
     mounted.wait_until_ended(pid);
     assert_eq!(fs::read_dir(mounted.0.path("closed/mnt")).unwrap().count(), 0, "unmounted");
+}
+
+/// It failed for every such store, as its run directory is not root's; and what the owner could put there is not for
+/// root's daemons to follow.
+#[test]
+fn root_keeps_the_console_of_another_users_guest_in_a_folder_of_its_own() {
+    needs_mount();
+    let place = Place::furnished();
+    let owner = format!("{USER}:{USER}");
+    for path in [place.path(""), place.run.path().to_str().unwrap().to_owned()] {
+        assert!(Command::new("chown").args(["-R", &owner, &path]).status().unwrap().success());
+    }
+    let mounted = Mounted::of(place);
+    let domain = mounted.0.works(&["libvirt", "xml", "inst", "--domain", "--type", "qemu"]);
+    let log = domain.split("<log file=\"").nth(1).and_then(|rest| rest.split('"').next()).unwrap();
+    let folder = Path::new(log).parent().unwrap();
+    let found = fs::symlink_metadata(folder).unwrap();
+    fs::remove_dir(folder).unwrap();
+    assert!(log.starts_with("/run/cowdisk/") && log.ends_with("/inst-console.log"), "{log}");
+    assert_eq!((found.uid(), found.mode() & 0o7777, found.is_dir()), (0, 0o700, true));
 }

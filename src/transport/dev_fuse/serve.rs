@@ -33,7 +33,7 @@ const WRITES_UNDER_WAY: usize = 32;
 pub struct Server {
     fs: Arc<Fs>,
     /// What may wait for a sync.
-    slow: SlowLane,
+    slow: Arc<SlowLane>,
     /// Reads and writes that wait for the host's disk.
     disk: SlowLane,
     spare: Arc<SpareBuffers>,
@@ -63,8 +63,19 @@ impl Write {
         About::range("write", self.ino, self.offset, self.len.into())
     }
 
-    fn done(&self, reply: Reply) {
-        reply.answer(&[WriteOut { size: self.len, padding: 0 }.as_bytes()]);
+    /// Answers what has been written; what is to be durable, once `slow` has synced it: no read or write waits for that.
+    fn finish(self, reply: Reply, outcome: Outcome<()>, fs: &Arc<Fs>, slow: &SlowLane) {
+        if !self.durable || outcome.is_err() {
+            return self.respond(reply, outcome);
+        }
+        let fs = Arc::clone(fs);
+        slow.run(self.ino, move || self.respond(reply, guarded(|| fs.sync(self.handle))));
+    }
+
+    fn respond(&self, reply: Reply, outcome: Outcome<()>) {
+        respond(reply, self.about(), outcome, |reply, ()| {
+            reply.answer(&[WriteOut { size: self.len, padding: 0 }.as_bytes()]);
+        });
     }
 }
 
@@ -84,7 +95,7 @@ impl Server {
     /// A server of `fs`, with threads in `slow` for what may wait for a sync, and in `disk` for reads and writes that wait
     /// for the host's disk.
     pub fn new(fs: Arc<Fs>, slow: SlowLane, disk: SlowLane) -> Self {
-        Self { fs, slow, disk, spare: Arc::new(SpareBuffers::new(WRITES_UNDER_WAY)) }
+        Self { fs, slow: Arc::new(slow), disk, spare: Arc::new(SpareBuffers::new(WRITES_UNDER_WAY)) }
     }
 
     /// Does the request that is the first `count` bytes of `buffer`, and answers it to `channel`, now or later. Another
@@ -169,27 +180,17 @@ impl Server {
         match if now { None } else { self.spare.take() } {
             Some(spare) => {
                 let buffer = std::mem::replace(buffer, spare);
-                let (fs, spare) = (Arc::clone(&self.fs), Arc::clone(&self.spare));
+                let (fs, slow, spare) =
+                    (Arc::clone(&self.fs), Arc::clone(&self.slow), Arc::clone(&self.spare));
                 self.disk.run(ino, move || {
-                    let outcome = guarded(|| {
-                        write.execute(&fs, &buffer)?;
-                        if write.durable { fs.sync(write.handle) } else { Ok(()) }
-                    });
-                    respond(reply, write.about(), outcome, |reply, ()| write.done(reply));
+                    let outcome = guarded(|| write.execute(&fs, &buffer));
                     spare.put(buffer);
+                    write.finish(reply, outcome, &fs, &slow);
                 });
             }
             None => {
                 let outcome = guarded(|| write.execute(&self.fs, buffer));
-                if !write.durable || outcome.is_err() {
-                    return respond(reply, write.about(), outcome, |reply, ()| write.done(reply));
-                }
-                // Only the sync is waited for elsewhere.
-                let fs = Arc::clone(&self.fs);
-                self.slow.run(ino, move || {
-                    let outcome = guarded(|| fs.sync(write.handle));
-                    respond(reply, write.about(), outcome, |reply, ()| write.done(reply));
-                });
+                write.finish(reply, outcome, &self.fs, &self.slow);
             }
         }
     }

@@ -105,7 +105,8 @@ fn domain(store: &Store, instance: &ObjectName, guest: GuestArgs) -> Result<Doma
             .with_hint("put the disks of `cowdisk libvirt xml` into a domain of your own"));
     }
     let mounted = mounted(store, instance)?;
-    let run_dir = store.run_dir()?;
+    // Root's daemon of consoles writes there, following links.
+    let run_dir = store.own_run_dir()?;
     let options = GuestOptions {
         kernel: guest.kernel,
         ramdisk: guest.ramdisk,

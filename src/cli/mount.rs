@@ -21,9 +21,12 @@ pub(super) fn mount(session: &Session, args: &MountArgs) -> Result<()> {
         daemon::run(&session.store, &args.mountpoint, &options, || {})
     } else {
         daemon::spawn(&session.store, &args.mountpoint, &options)?;
-        warn_of_refused_disks(&store);
-        warn_if_high(&store.with_space_policy(options.space));
-        Ok(())
+        let store = store.with_space_policy(options.space);
+        daemon::as_owner_of(&store, || {
+            warn_of_refused_disks(&store);
+            warn_if_high(&store);
+            Ok(())
+        })
     }
 }
 

@@ -6,6 +6,7 @@
 use std::io::Write;
 use std::path::Path;
 
+use rustix::fs::{Mode, OFlags};
 use serde::{Deserialize, Serialize};
 
 use crate::error::{Context, Error, ErrorKind, Result};
@@ -48,20 +49,30 @@ impl Farewell {
                     format!("not all disks could be made durable: {}", errors.join("; ")),
                 )),
             },
-            _ => Err(Error::new(
-                ErrorKind::Io,
-                format!("the daemon (process {pid}) ended before it had closed its disks"),
-            )
-            .with_hint(
-                "nothing is lost as long as the host stays up: opening a disk again takes up its live map",
-            )),
+            _ => Self::missing(pid),
         }
+    }
+
+    /// What is said where the daemon `pid` left no words.
+    ///
+    /// # Errors
+    /// Always.
+    pub(super) fn missing(pid: u32) -> Result<()> {
+        let text = format!("the daemon (process {pid}) ended before it had closed its disks");
+        Err(Error::new(ErrorKind::Io, text).with_hint(
+            "nothing is lost as long as the host stays up: opening a disk again takes up its live map",
+        ))
     }
 
     fn read(run_dir: &Path) -> Option<Self> {
         use std::io::Read;
         let mut bytes = Vec::new();
-        let file = std::fs::File::open(run_dir.join(FILE)).ok()?;
+        // Whoever unmounts may be another than whose folder this is: a fifo in it must not hold him up.
+        let flags = OFlags::RDONLY | OFlags::NONBLOCK | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+        let file = std::fs::File::from(rustix::fs::open(run_dir.join(FILE), flags, Mode::empty()).ok()?);
+        if !file.metadata().ok()?.is_file() {
+            return None;
+        }
         file.take(BYTES_MAX).read_to_end(&mut bytes).ok()?;
         serde_json::from_slice(&bytes).ok()
     }
@@ -69,6 +80,8 @@ impl Farewell {
 
 #[cfg(test)]
 mod tests {
+    use rustix::fs::FileType;
+
     use super::*;
 
     #[test]
@@ -82,5 +95,9 @@ mod tests {
         Farewell::write(folder.path(), pid, &[Error::new(ErrorKind::Io, "close web-1/disk: it broke")])
             .unwrap();
         assert!(Farewell::check(folder.path(), pid).unwrap_err().to_string().contains("it broke"));
+        std::fs::remove_file(folder.path().join(FILE)).unwrap();
+        rustix::fs::mknodat(rustix::fs::CWD, folder.path().join(FILE), FileType::Fifo, Mode::RWXU, 0)
+            .unwrap();
+        assert!(Farewell::check(folder.path(), pid).is_err(), "a fifo is not waited for");
     }
 }

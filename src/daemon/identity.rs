@@ -10,6 +10,7 @@ use rustix::process::{Gid, Uid};
 use rustix::thread::{CapabilitySet, CapabilitySets};
 
 use crate::error::{Context, Error, ErrorKind, Result};
+use crate::store::Store;
 
 /// What is left to a process that was root.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -49,11 +50,28 @@ pub fn as_owner<T: Send>(store: &Path, work: impl FnOnce() -> Result<T> + Send) 
     if other_owner(store).is_none() {
         return work();
     }
-    // The kernel keeps these rights for each thread.
-    let result = std::thread::scope(|scope| {
-        scope.spawn(|| become_owner(store, Keep::Nothing).and_then(|()| work())).join()
-    });
-    result.unwrap_or_else(|_| Err(Error::new(ErrorKind::Io, "a thread panicked")))
+    in_thread(|| become_owner(store, Keep::Nothing).and_then(|()| work()))
+}
+
+/// [`as_owner`] of a store that is open, whatever its path leads to by now.
+///
+/// # Errors
+/// Those of `work`, and those of [`become_owner`].
+pub fn as_owner_of<T: Send>(store: &Store, work: impl FnOnce() -> Result<T> + Send) -> Result<T> {
+    let (uid, gid) = store.owner()?;
+    if !rustix::process::geteuid().is_root() || uid.is_root() {
+        return work();
+    }
+    in_thread(|| {
+        let what = || format!("act as the owner of {} (user {uid}, group {gid})", store.dir().display());
+        switch(uid, gid, Keep::Nothing).context(what).and_then(|()| work())
+    })
+}
+
+/// The kernel keeps rights for each thread, so what is done in one of its own leaves ours alone.
+fn in_thread<T: Send>(work: impl FnOnce() -> Result<T> + Send) -> Result<T> {
+    std::thread::scope(|scope| scope.spawn(work).join())
+        .unwrap_or_else(|_| Err(Error::new(ErrorKind::Io, "a thread panicked")))
 }
 
 /// Whether this process may mount without help.
@@ -103,7 +121,6 @@ pub(super) fn with_capabilities<T>(work: impl FnOnce() -> Result<T>) -> Result<T
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::store::Store;
 
     #[test]
     fn root_acts_as_the_owner_of_another_users_store_and_stays_root() {
@@ -145,6 +162,21 @@ mod tests {
             assert_eq!(read().unwrap_err().kind(), ErrorKind::Denied);
         });
         thread.join().unwrap();
+    }
+
+    /// The path of a store could be made to lead to a folder of root's by the time that its owner was asked for.
+    #[test]
+    fn the_owner_of_an_open_store_is_the_one_of_its_folder_and_not_of_its_path() {
+        assert!(rustix::process::geteuid().is_root(), "needs root");
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("store");
+        let store = Store::init(&path).unwrap();
+        std::os::unix::fs::chown(&path, Some(4321), Some(1234)).unwrap();
+        rustix::fs::rename(&path, folder.path().join("moved")).unwrap();
+        std::os::unix::fs::symlink("/", &path).unwrap();
+        let whoami = || Ok(rustix::process::geteuid().as_raw());
+        assert_eq!(as_owner(&path, whoami).unwrap(), 0, "what the path says");
+        assert_eq!(as_owner_of(&store, whoami).unwrap(), 4321);
     }
 
     /// Between the look at the owner and the opening the folder may become another one.

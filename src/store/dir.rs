@@ -143,7 +143,10 @@ impl Dir {
     /// Opens a file for reading and writing past the host's cache; `None` where the host's file system, or a limit of
     /// open files, does not allow that. What it is, the caller compares with the file that he has checked.
     pub(super) fn open_direct(&self, name: &str) -> Option<File> {
-        self.open(name, OFlags::RDWR | OFlags::DIRECT, Mode::empty()).ok().map(File::from)
+        let fd = self.open(name, OFlags::RDWR | OFlags::DIRECT, Mode::empty()).ok()?;
+        // Blocks again.
+        rustix::fs::fcntl_setfl(&fd, OFlags::DIRECT).ok()?;
+        Some(fd.into())
     }
 
     /// What is said of a name that has something under it that no store has there.

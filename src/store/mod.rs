@@ -66,6 +66,8 @@ pub use space::{HIGH_WATER_PERCENT, HighWater, SpaceNow, SpacePolicy, WaterMove}
 pub use timestamp::Timestamp;
 pub use usage::Usage;
 
+use rustix::process::{Gid, Uid};
+
 use dir::Dir;
 use lock::StoreLock;
 
@@ -210,6 +212,15 @@ impl Store {
     /// The path by which the store was opened.
     pub fn dir(&self) -> &Path {
         &self.path
+    }
+
+    /// The user and the group whom the store's folder belongs to: the folder that is open, wherever its path leads now.
+    ///
+    /// # Errors
+    /// Those of the host.
+    pub fn owner(&self) -> Result<(Uid, Gid)> {
+        let stat = rustix::fs::fstat(&self.root).context(|| format!("{}", self.path.display()))?;
+        Ok((Uid::from_raw(stat.st_uid), Gid::from_raw(stat.st_gid)))
     }
 
     /// 32 hex digits that no other store has.

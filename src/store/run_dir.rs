@@ -21,6 +21,9 @@ use crate::error::{Context, Error, ErrorKind, Result};
 /// Names the folder to use instead of the usual ones.
 const VARIABLE: &str = "COWDISK_RUN_DIR";
 
+/// The usual one of root.
+const RUN_DIR_OF_ROOT: &str = "/run/cowdisk";
+
 #[derive(Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 struct RunRecord {
@@ -56,8 +59,24 @@ impl Store {
         Ok(dir)
     }
 
-    /// The folder that this boot uses, if any process has needed one yet. For callers that hold the store's lock.
-    pub(super) fn run_dir_in_use(&self) -> Result<Option<PathBuf>> {
+    /// A folder for what this process keeps about the store beside its live maps: the run directory, made if need be. Root
+    /// takes one of its own, in `/run/cowdisk`, for a store of another user, who could put links into his.
+    ///
+    /// # Errors
+    /// Those of [`Store::run_dir`].
+    pub fn own_run_dir(&self) -> Result<PathBuf> {
+        if rustix::process::geteuid().is_root() && !self.owner()?.0.is_root() {
+            return self.make_in(Path::new(RUN_DIR_OF_ROOT));
+        }
+        self.run_dir()
+    }
+
+    /// The folder that this boot uses, if any process has needed one yet; nothing is made, and no lock awaited. Whoever
+    /// is about to choose one holds the store's lock.
+    ///
+    /// # Errors
+    /// Those of the host.
+    pub fn run_dir_in_use(&self) -> Result<Option<PathBuf>> {
         self.recorded_run_dir(&boot_id()?)
     }
 
@@ -95,7 +114,7 @@ impl Store {
         let uid = rustix::process::geteuid().as_raw();
         let mut candidates = vec![PathBuf::from(format!("/dev/shm/cowdisk-{uid}"))];
         if uid == 0 {
-            candidates.insert(0, PathBuf::from("/run/cowdisk"));
+            candidates.insert(0, PathBuf::from(RUN_DIR_OF_ROOT));
         }
         if let Some(runtime) = std::env::var_os("XDG_RUNTIME_DIR") {
             candidates.push(PathBuf::from(runtime).join("cowdisk"));
@@ -211,9 +230,7 @@ mod tests {
         let name = t.store.run_dir().unwrap().file_name().unwrap().to_str().unwrap().to_owned();
         let outside = tempfile::tempdir().unwrap();
         let boot_id = boot_id().unwrap();
-        let link = outside.path().join("link");
         std::os::unix::fs::symlink(t.run.path().join(&name), outside.path().join(&name)).unwrap();
-        std::os::unix::fs::symlink(outside.path(), &link).unwrap();
         for dir in [
             outside.path().join("made").join(&name),
             outside.path().join(&name),

@@ -12,9 +12,11 @@ use std::os::unix::fs::PermissionsExt;
 use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-use rustix::process::{Gid, Pid, Resource, Signal, Uid, getrlimit};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::process::{Gid, Pid, Resource, Signal, Uid, WaitId, WaitIdOptions, getrlimit};
 
 use super::dir::Dir;
 use super::progress::{Progress, check_cancelled};
@@ -30,6 +32,11 @@ const MESSAGES_BYTES_MAX: usize = 4096;
 /// How often the program is looked at, at most and at least.
 const PAUSE_MIN: Duration = Duration::from_millis(1);
 const PAUSE_MAX: Duration = Duration::from_millis(20);
+
+/// How often a reader of its pipes looks whether the program has ended.
+const PIPE_PAUSE: Timespec = Timespec { tv_sec: 0, tv_nsec: 20_000_000 };
+/// The most that a pipe holds, unless root makes it larger: `/proc/sys/fs/pipe-max-size`.
+const PIPE_BYTES_MAX: usize = 1 << 20;
 
 /// What a program may use.
 #[derive(Clone, Copy, Debug)]
@@ -85,29 +92,30 @@ impl Tool<'_> {
         mut output: impl FnMut(&[u8]) + Send,
     ) -> Result<()> {
         let mut command = self.command()?;
-        let mut child = Running(command.spawn().context(|| format!("run {}", self.program))?);
-        let (stdout, stderr) = (child.0.stdout.take(), child.0.stderr.take());
+        let child = command.spawn().context(|| format!("run {}", self.program))?;
+        let mut child = Running { child, is_reaped: false };
+        let (stdout, stderr) = (child.child.stdout.take(), child.child.stderr.take());
         let started = Instant::now();
+        let has_ended = &AtomicBool::new(false);
         std::thread::scope(|scope| {
             scope.spawn(move || {
                 if let Some(stdout) = stdout {
-                    read_all(stdout, |bytes| output(bytes));
+                    read_all(stdout, has_ended, |bytes| output(bytes));
                 }
             });
             let messages = scope.spawn(move || {
                 let mut kept = Vec::new();
                 if let Some(stderr) = stderr {
-                    read_all(stderr, |bytes| keep_last(&mut kept, bytes));
+                    read_all(stderr, has_ended, |bytes| keep_last(&mut kept, bytes));
                 }
                 kept
             });
-            let ended = self.wait(&mut child.0, started, room, progress);
-            if ended.is_err() {
-                // The pipes end with the program, and the threads with the pipes.
-                child.kill();
-            }
+            let ended = self.wait(&child.child, started, room, progress);
+            // Whatever it has started goes with it, and the threads end even if some of that got away with a pipe.
+            let status = child.end().context(|| format!("wait for {}", self.program));
+            has_ended.store(true, Ordering::Release);
             let messages = messages.join().unwrap_or_default();
-            self.judge(ended?, &messages)
+            ended.and_then(|()| self.judge(status?, &messages))
         })
     }
 
@@ -167,17 +175,16 @@ impl Tool<'_> {
         Ok(command)
     }
 
-    fn wait(
-        &self,
-        child: &mut Child,
-        started: Instant,
-        room: &Room,
-        progress: &dyn Progress,
-    ) -> Result<ExitStatus> {
+    /// Waits for the end of the program, whose id stays its own until it is asked for its status.
+    fn wait(&self, child: &Child, started: Instant, room: &Room, progress: &dyn Progress) -> Result<()> {
+        let id = i32::try_from(child.id()).ok().and_then(Pid::from_raw);
+        let id = WaitId::Pid(id.ok_or(rustix::io::Errno::SRCH).context(|| self.program)?);
+        let options = WaitIdOptions::EXITED | WaitIdOptions::NOHANG | WaitIdOptions::NOWAIT;
         let mut pause = PAUSE_MIN;
         loop {
-            if let Some(status) = child.try_wait().context(|| format!("wait for {}", self.program))? {
-                return Ok(status);
+            let ended = rustix::process::waitid(id.clone(), options);
+            if ended.context(|| format!("wait for {}", self.program))?.is_some() {
+                return Ok(());
             }
             check_cancelled(progress)?;
             // It writes without asking, but the filesystem counts what it takes.
@@ -219,33 +226,56 @@ impl Tool<'_> {
 }
 
 /// A child that does not outlive its owner.
-struct Running(Child);
+struct Running {
+    child: Child,
+    /// Its id may be another process's by now.
+    is_reaped: bool,
+}
 
 impl Running {
-    fn kill(&mut self) {
-        if matches!(self.0.try_wait(), Ok(Some(_))) {
-            return;
+    /// Ends the program, if it has not ended by itself, and all that it has started in its group; says how it ended.
+    fn end(&mut self) -> std::io::Result<ExitStatus> {
+        if self.is_reaped {
+            return self.child.wait();
         }
         // Not waited for yet, so the ids are still its own.
-        let group = i32::try_from(self.0.id()).ok().and_then(Pid::from_raw);
+        let group = i32::try_from(self.child.id()).ok().and_then(Pid::from_raw);
         if let Some(group) = group {
             let _ = rustix::process::kill_process_group(group, Signal::KILL);
         }
-        let _ = self.0.kill();
-        let _ = self.0.wait();
+        let _ = self.child.kill();
+        let status = self.child.wait()?;
+        self.is_reaped = true;
+        Ok(status)
     }
 }
 
 impl Drop for Running {
     fn drop(&mut self) {
-        self.kill();
+        let _ = self.end();
     }
 }
 
-fn read_all(mut pipe: impl Read, mut each: impl FnMut(&[u8])) {
+/// Reads until the pipe ends, or nothing is left in it when the program has ended: a process that it has started, and that
+/// got away, could hold the pipe open for ever. Such a one cannot go on writing for ever either.
+fn read_all(mut pipe: impl Read + AsFd, has_ended: &AtomicBool, mut each: impl FnMut(&[u8])) {
     let mut buf = [0; 1024];
-    while let Ok(count @ 1..) = pipe.read(&mut buf) {
+    let mut left = PIPE_BYTES_MAX;
+    while left > 0 {
+        let ended = has_ended.load(Ordering::Acquire);
+        let waiting = if ended { Timespec::default() } else { PIPE_PAUSE };
+        let mut awaited = [PollFd::new(&pipe, PollFlags::IN)];
+        match poll(&mut awaited, Some(&waiting)) {
+            Ok(0) if ended => return,
+            Ok(0) | Err(rustix::io::Errno::INTR) => continue,
+            Ok(_) => {}
+            Err(_) => return,
+        }
+        let Ok(count @ 1..) = pipe.read(&mut buf) else { return };
         each(&buf[..count]);
+        if ended {
+            left = left.saturating_sub(count);
+        }
     }
 }
 
@@ -307,10 +337,7 @@ mod tests {
     /// `qemu-img` used to read images that nobody trusts as root.
     #[test]
     fn it_does_not_run_as_root_and_still_dies_with_us() {
-        if unprivileged_user().is_none() {
-            println!("skipped: not root");
-            return;
-        }
+        assert!(unprivileged_user().is_some(), "needs root");
         let script = "id -u; id -G; grep -c 'Cap\\(Prm\\|Eff\\|Amb\\):.*[1-9a-f]' /proc/self/status; exec setpriv --dump";
         let (result, said) = run(script, LIMITS, &NoProgress);
         result.unwrap();
@@ -340,6 +367,31 @@ mod tests {
         let (result, _) =
             run("sleep 1; head -c 100000 /dev/urandom | tr -dc a >&2; exit 1", LIMITS, &NoProgress);
         assert!(result.unwrap_err().to_string().len() < 2 * MESSAGES_BYTES_MAX);
+    }
+
+    /// A child of a program that had been taken over held its pipes, and the import waited for it without end.
+    #[test]
+    fn what_it_leaves_behind_is_neither_waited_for_nor_spared() {
+        let in_its_group = "sleep 1000 & echo $!; echo word >&2; exit 3";
+        let got_away = "setsid sh -c 'echo $$; touch away; exec sleep 1000' & \
+            until [ -e away ]; do sleep 0.01; done; echo word >&2; exit 3";
+        for (script, survives) in [(in_its_group, false), (got_away, true)] {
+            let (result, said) = run(script, LIMITS, &NoProgress);
+            let pid: i32 = said.trim().parse().unwrap();
+            let is_alive = || {
+                let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+                // The state comes after the name in parentheses; a zombie has ended.
+                stat.rsplit(") ").next().is_some_and(|rest| !rest.is_empty() && !rest.starts_with('Z'))
+            };
+            assert_eq!(result.unwrap_err().to_string(), "sh: exit code 3: word");
+            if survives {
+                assert!(is_alive(), "it has a group of its own");
+                rustix::process::kill_process(Pid::from_raw(pid).unwrap(), Signal::KILL).unwrap();
+            }
+            while is_alive() {
+                std::thread::sleep(PAUSE_MAX);
+            }
+        }
     }
 
     #[test]

@@ -3,7 +3,7 @@
 use std::fs::{self, File};
 use std::os::unix::fs::FileExt as _;
 
-use super::mounted::{Mounted, may_mount};
+use super::mounted::{Mounted, needs_mount};
 use super::{Place, text};
 
 /// What is said when the file system that the tests run on is nearly full.
@@ -52,9 +52,7 @@ fn df_passes_over_a_damaged_instance_and_names_it() {
 /// What a mounted store was told holds for the commands beside it, too.
 #[test]
 fn commands_keep_the_reserve_of_the_mount_and_warn_above_its_mark() {
-    if !may_mount() {
-        return;
-    }
+    needs_mount();
     let place = Place::furnished();
     let quiet = text(&place.run(&["df"]).stderr);
     let output = place.run(&["mount", "-o", "reserve=5M,high_water=1", &place.path("mnt")]);
@@ -77,9 +75,7 @@ fn commands_keep_the_reserve_of_the_mount_and_warn_above_its_mark() {
 /// Only the reserve is left: whoever would take of it is refused, and told so.
 #[test]
 fn a_store_without_room_refuses_new_instances_and_images() {
-    if !may_mount() {
-        return;
-    }
+    needs_mount();
     let mounted = Mounted(Place::furnished());
     let place = &mounted.0;
     place.run(&["mount", "-o", "reserve=16777215T", &place.path("mnt")]);

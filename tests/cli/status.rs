@@ -8,7 +8,7 @@ use std::path::PathBuf;
 use std::process::Command;
 use std::time::Duration;
 
-use super::mounted::{Mounted, may_mount};
+use super::mounted::{Mounted, needs_mount};
 use super::{Place, text};
 
 /// The one folder in the run directory that is the store's.
@@ -52,9 +52,7 @@ fn metrics(place: &Place) -> String {
 
 #[test]
 fn status_shows_a_mounted_and_an_unmounted_store() {
-    if !may_mount() {
-        return;
-    }
+    needs_mount();
     let place = Place::furnished();
     assert!(place.works(&["status"]).ends_with("store: not mounted\n"));
     let status = place.json(&["status", "--json"]);
@@ -89,9 +87,7 @@ fn status_shows_a_mounted_and_an_unmounted_store() {
 
 #[test]
 fn a_disk_that_cannot_be_opened_is_shown_with_the_reason_until_it_can() {
-    if !may_mount() {
-        return;
-    }
+    needs_mount();
     let mounted = Mounted::new();
     let place = &mounted.0;
     let disk = place.path("mnt/instances/inst/disk");
@@ -113,9 +109,7 @@ fn a_disk_that_cannot_be_opened_is_shown_with_the_reason_until_it_can() {
 
 #[test]
 fn metrics_count_what_guests_do() {
-    if !may_mount() {
-        return;
-    }
+    needs_mount();
     let mounted = Mounted::new();
     let place = &mounted.0;
     let before = metrics(place);
@@ -158,9 +152,7 @@ fn metrics_count_what_guests_do() {
 
 #[test]
 fn whoever_asks_badly_is_refused_and_holds_nobody_up() {
-    if !may_mount() {
-        return;
-    }
+    needs_mount();
     let mounted = Mounted::new();
     let place = &mounted.0;
     let socket = socket(place).metadata().unwrap();
@@ -202,9 +194,7 @@ fn whoever_asks_badly_is_refused_and_holds_nobody_up() {
 
 #[test]
 fn a_socket_that_a_killed_daemon_left_is_replaced() {
-    if !may_mount() {
-        return;
-    }
+    needs_mount();
     let mounted = Mounted::new();
     let place = &mounted.0;
     let daemon = || place.json(&["status", "--json"])["daemon"].clone();

@@ -4,6 +4,7 @@
 //! `COWDISK_REPLACEMENTS` says how often under load (10 unless told), `COWDISK_SEED` with which seed.
 
 #![allow(clippy::unwrap_used, clippy::print_stderr, reason = "a failed step fails the test")]
+#![allow(clippy::disallowed_methods, reason = "tests change files in place")]
 #![allow(clippy::cast_possible_truncation, reason = "tests run on 64 bits")]
 
 #[path = "common/mount.rs"]
@@ -140,6 +141,69 @@ fn a_disk_of_which_the_last_writes_are_gone_answers_eio_until_it_is_closed() {
     assert_eq!(&seen[..7], b"flushed");
     assert_eq!(seen[MIB as usize..][..4096], image_bytes(MIB, 4096), "what was not flushed is gone");
     assert_eq!(mount.pid(), keeper);
+    mount.unmount().unwrap();
+}
+
+#[test]
+fn a_disk_of_which_all_that_the_run_directory_held_is_gone_answers_eio() {
+    let mut mount = kept("accept_loss");
+    let file = open(&mount.disk());
+    file.write_all_at(&[0xee; 4096], MIB).unwrap();
+    mount.signal(Signal::STOP);
+    kill_worker(&mount);
+    for entry in std::fs::read_dir(mount.store.run_dir().unwrap()).unwrap() {
+        let entry = entry.unwrap();
+        let name = entry.file_name().into_string().unwrap();
+        if name.starts_with("in-use-") || name.ends_with(".map") {
+            std::fs::remove_file(entry.path()).unwrap();
+        }
+    }
+    mount.signal(Signal::CONT);
+    let mut seen = [0; 8];
+    assert_eq!(errno(file.read_exact_at(&mut seen, MIB)), libc::EIO);
+    drop(file);
+    mount.unmount().unwrap();
+}
+
+#[test]
+fn a_mark_that_nobody_left_open_is_no_reason_to_refuse_a_disk() {
+    let mut mount = kept("");
+    std::fs::write(mount.store.run_dir().unwrap().join("in-use-disk-web"), "!").unwrap();
+    kill_worker(&mount);
+    open(&mount.disk()).write_all_at(b"fresh", 0).unwrap();
+    mount.unmount().unwrap();
+}
+
+#[test]
+fn what_was_answered_is_flushed_in_the_background_after_a_takeover_though_nobody_asks() {
+    let mut mount = kept("flush=1");
+    let file = open(&mount.disk());
+    file.write_all_at(&[0xee; 4096], MIB).unwrap();
+    kill_worker(&mount);
+    mount.wait_until("flushed", || status(&mount).disks.iter().any(|disk| disk.uncommitted_runs == 0));
+    drop(file);
+    mount.unmount().unwrap();
+}
+
+#[test]
+fn another_store_in_the_place_of_the_one_that_is_mounted_is_not_served() {
+    let mut mount = kept("");
+    let file = open(&mount.disk());
+    file.write_all_at(b"answered", 0).unwrap();
+    let (store, aside) = (mount.store.dir().to_owned(), mount.store.dir().with_extension("aside"));
+    mount.signal(Signal::STOP);
+    kill_worker(&mount);
+    std::fs::rename(&store, &aside).unwrap();
+    let copied = std::process::Command::new("cp").arg("-a").args([&aside, &store]).status().unwrap();
+    assert!(copied.success());
+    mount.signal(Signal::CONT);
+    mount.wait_until("refused", || mount.log().contains("not the store that is mounted"));
+    std::fs::remove_dir_all(&store).unwrap();
+    std::fs::rename(&aside, &store).unwrap();
+    let mut seen = [0; 8];
+    file.read_exact_at(&mut seen, 0).unwrap();
+    assert_eq!(&seen, b"answered");
+    drop(file);
     mount.unmount().unwrap();
 }
 

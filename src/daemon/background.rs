@@ -52,6 +52,7 @@ impl Background {
         background.spawn("space", move |stop| stop.each_tick(|| watch_space(&watched, &mut high_water)))?;
         let mut ticks = 0;
         background.spawn("background", move |stop| {
+            fs.take_up();
             stop.each_tick(|| {
                 ticks += 1;
                 if flush_seconds > 0 && ticks >= flush_seconds {

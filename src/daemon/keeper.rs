@@ -10,7 +10,7 @@
 
 use std::fs::File;
 use std::os::fd::AsRawFd;
-use std::os::unix::process::CommandExt;
+use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::path::Path;
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::Arc;
@@ -145,8 +145,11 @@ impl Estate {
         std::thread::Builder::new().name("worker".to_owned()).spawn(follow).context(what)?;
         let mut descriptors = vec![self.lock.descriptor(), self.ledger.descriptor()];
         descriptors.extend(self.connection.descriptors());
-        // Whoever has ended before it heard this is found to have ended.
-        let _ = link.tell(&self.handover, &descriptors);
+        if let Err(error) = link.tell(&self.handover, &descriptors) {
+            log::error!("hand over: {error}");
+            // It hears the end in place of a handover, and ends.
+            link.close();
+        }
         let begun = Instant::now();
         Ok(Worker { link, begun, is_ready: false, failure: None, farewell: None })
     }
@@ -163,7 +166,12 @@ fn follow(mut child: Child, link: &Link, events: &Sender<Event>) {
     }
     match child.wait() {
         Ok(status) => drop(events.send(Event::Exited(status))),
-        // Nobody else waits for our child. Not knowing whether it lives, another must not be started.
+        // Whoever started us has had SIGCHLD ignored: the kernel then lets us wait until the child is gone for good, and
+        // keeps to itself how it ended.
+        Err(error) if error.raw_os_error() == Some(libc::ECHILD) => {
+            drop(events.send(Event::Exited(ExitStatus::from_raw(1 << 8))));
+        }
+        // Not knowing whether it lives, another must not be started.
         Err(error) => log::error!("wait for the process that serves: {error}"),
     }
 }

@@ -9,7 +9,7 @@ use std::os::fd::{BorrowedFd, OwnedFd};
 
 use rustix::net::{
     AddressFamily, RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags, SendAncillaryBuffer,
-    SendAncillaryMessage, SendFlags, SocketFlags, SocketType,
+    SendAncillaryMessage, SendFlags, Shutdown, SocketFlags, SocketType,
 };
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
@@ -139,6 +139,12 @@ impl Link {
         let null = std::fs::File::open("/dev/null").context(what)?;
         rustix::stdio::dup2_stdin(null).context(what)?;
         Ok(Self { socket })
+    }
+
+    /// Ends it for both sides.
+    pub(super) fn close(&self) {
+        // If it is not connected any more, it has ended.
+        let _ = rustix::net::shutdown(&self.socket, Shutdown::Both);
     }
 
     /// Sends a word, with `descriptors`.

@@ -134,6 +134,12 @@ impl<'a> Worker<'a> {
         confine(Role::Worker);
         let connection = Connection::take_over(descriptors, &ledger.agreed()?)?;
         let store = Store::open(store)?.with_space_policy(options.space);
+        if !lock.is_of(&store)? {
+            let message =
+                format!("{}: not the store that is mounted, but another one", store.dir().display());
+            return Err(Error::new(ErrorKind::Unsupported, message)
+                .with_hint("bring the one that was there back to its place: its disks wait for it"));
+        }
         let run_dir = store.run_dir()?;
         let source = mounts::absolute(store.dir())?;
         let store = store.accepting_loss(options.accept_loss).in_service();
@@ -169,6 +175,8 @@ impl<'a> Worker<'a> {
         drop(control);
         drop(background);
         drop(signals);
+        // A session that failed is as if this process had died: no disk is closed, and the next one takes over, if any can.
+        let ended = if keeper.is_gone() { ended } else { Ok(ended?) };
         let errors = close(ended, &fs);
         let speaker = if keeper.is_gone() { std::process::id() } else { handover.keeper.pid };
         if let Err(error) = Farewell::write(&run_dir, speaker, &errors) {

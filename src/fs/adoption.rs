@@ -83,6 +83,11 @@ impl Fs {
         }
     }
 
+    /// Whether an earlier process had the file open, and nobody has asked for anything of it since.
+    pub(super) fn is_kept(&self, ino: u64) -> bool {
+        self.handles.all_kept().iter().any(|(_, kept)| kept.ino == ino)
+    }
+
     /// Opens a file that an earlier process had open, under its number.
     fn revive(&self, id: HandleId) -> Outcome<()> {
         let Some(kept) = self.handles.kept(id) else { return Ok(()) };
@@ -91,11 +96,27 @@ impl Fs {
             let entries = self.tree.entries(&node)?;
             OpenFile::Directory { node, entries: Mutex::new(Arc::new(entries)) }
         } else {
-            OpenFile::open(&self.tree, &self.disks, &node, OpenMode { write: kept.write, truncate: false })?
+            OpenFile::open(
+                &self.tree,
+                &self.disks,
+                &node,
+                OpenMode { write: kept.write, truncate: false, kept: true },
+            )?
         };
         match self.handles.fill(id, file) {
             Ok(()) => Ok(()),
             Err(file) => Ok(self.close_file(file)?),
+        }
+    }
+
+    /// Opens all disks that an earlier process had open for writing, so that what was answered is flushed in the background
+    /// though nobody asks for anything.
+    pub fn take_up(&self) {
+        for (id, _) in self.handles.all_kept().into_iter().filter(|(_, kept)| kept.write) {
+            // Whoever uses it is told with each request.
+            if let Err(failure) = self.file(id) {
+                log::error!("{failure}");
+            }
         }
     }
 

@@ -36,7 +36,7 @@ impl Fs {
             return Err(Errno::READ_ONLY.into());
         }
         if let Some(size) = changes.size {
-            self.grow(&node, size)?;
+            self.grow(ino, &node, size)?;
         }
         if changes.uid.is_some() || changes.gid.is_some() || changes.mode.is_some() {
             self.update(&file, |record| {
@@ -52,7 +52,7 @@ impl Fs {
         self.attributes(ino)
     }
 
-    fn grow(&self, node: &Node, size: u64) -> Outcome<()> {
+    fn grow(&self, ino: u64, node: &Node, size: u64) -> Outcome<()> {
         let now = self.tree.attributes(node, &self.disks)?.size;
         if size < now {
             return Err(Errno::NOT_PERMITTED.into());
@@ -63,7 +63,7 @@ impl Fs {
         if size == now {
             return Ok(());
         }
-        let disk = self.tree.acquire_disk(node, &self.disks)?;
+        let disk = self.tree.acquire_disk(node, &self.disks, self.is_kept(ino))?;
         let grown = disk.change(|disk| disk.grow(size));
         let closed = self.disks.release(disk);
         grown?;

@@ -183,7 +183,8 @@ impl Fs {
         }
         self.counted(Operation::Open, 0, || {
             let node = self.node(ino)?;
-            let file = OpenFile::open(&self.tree, &self.disks, &node, mode)?;
+            let kept = self.is_kept(ino);
+            let file = OpenFile::open(&self.tree, &self.disks, &node, OpenMode { kept, ..mode })?;
             self.insert(file, Kept { ino, write: mode.write, directory: false }, request)
         })
     }

@@ -169,11 +169,16 @@ impl Drop for InChange<'_> {
 
 impl OpenDisks {
     /// The disk of `key` for one more handle; opens it with `open` if it is not open. Waits while another thread opens
-    /// or closes it.
+    /// or closes it. `dirty` says whether it may hold, when it is opened, what is not flushed.
     ///
     /// # Errors
     /// Those of `open`.
-    pub fn acquire(&self, key: &DiskKey, open: impl FnOnce() -> Result<Disk>) -> Result<Arc<OpenDisk>> {
+    pub fn acquire(
+        &self,
+        key: &DiskKey,
+        dirty: bool,
+        open: impl FnOnce() -> Result<Disk>,
+    ) -> Result<Arc<OpenDisk>> {
         let mut states = self.states.lock();
         loop {
             match states.get_mut(key) {
@@ -190,7 +195,7 @@ impl OpenDisks {
         let in_change = InChange { disks: self, key: key.clone() };
         let opened = open().inspect_err(|error| self.note_refused(key, error))?;
         self.refused.lock().remove(&key.to_string());
-        let disk = Arc::new(OpenDisk { key: key.clone(), disk: opened, dirty: AtomicBool::new(false) });
+        let disk = Arc::new(OpenDisk { key: key.clone(), disk: opened, dirty: AtomicBool::new(dirty) });
         in_change.end_open(&disk);
         Ok(disk)
     }
@@ -333,7 +338,7 @@ mod tests {
     #[test]
     fn a_write_that_ends_after_a_flush_has_begun_is_left_to_the_next_flush() {
         let disks = OpenDisks::default();
-        let open = disks.acquire(&key("web"), || Ok(disk())).unwrap();
+        let open = disks.acquire(&key("web"), false, || Ok(disk())).unwrap();
         open.change(|disk| disk.write_at(0, b"first")).unwrap();
         open.change(|disk| {
             open.flush().unwrap();
@@ -353,7 +358,7 @@ mod tests {
         let disks = OpenDisks::default();
         let keys = [key("web"), key("db")];
         for key in &keys {
-            disks.acquire(key, || Ok(disk())).unwrap();
+            disks.acquire(key, false, || Ok(disk())).unwrap();
         }
         let turns = std::cell::RefCell::new(Vec::new());
         let errors = disks.for_each(|open| {
@@ -365,7 +370,7 @@ mod tests {
                     opened_anew.set(true);
                     Ok(disk())
                 };
-                disks.acquire(other, again).unwrap();
+                disks.acquire(other, false, again).unwrap();
                 assert!(opened_anew.get(), "it was closed");
             }
             turns.borrow_mut().push(open.key.clone());
@@ -380,9 +385,9 @@ mod tests {
     fn a_panic_while_a_disk_is_opened_leaves_it_to_the_next_who_wants_it() {
         let disks = OpenDisks::default();
         let key = key("web");
-        let panicking = || disks.acquire(&key, || panic!("on purpose")).is_ok();
+        let panicking = || disks.acquire(&key, false, || panic!("on purpose")).is_ok();
         std::panic::catch_unwind(std::panic::AssertUnwindSafe(panicking)).unwrap_err();
-        let open = disks.acquire(&key, || Ok(disk())).unwrap();
+        let open = disks.acquire(&key, false, || Ok(disk())).unwrap();
         disks.release(open).unwrap();
         assert!(disks.states.lock().is_empty());
     }

@@ -28,6 +28,8 @@ pub struct OpenMode {
     pub write: bool,
     /// With O_TRUNC.
     pub truncate: bool,
+    /// An earlier process of this mount has it open.
+    pub kept: bool,
 }
 
 /// An open file or directory.
@@ -56,7 +58,7 @@ impl OpenFile {
     pub fn open(tree: &Tree, disks: &OpenDisks, node: &Node, mode: OpenMode) -> Outcome<Self> {
         match node {
             Node::Disk { .. } if mode.truncate => Err(Errno::NOT_PERMITTED.into()),
-            Node::Disk { .. } => Ok(Self::Disk(tree.acquire_disk(node, disks)?)),
+            Node::Disk { .. } => Ok(Self::Disk(tree.acquire_disk(node, disks, mode.kept)?)),
             Node::Image { .. } | Node::BootFile(_) if mode.write || mode.truncate => {
                 Err(Errno::READ_ONLY.into())
             }

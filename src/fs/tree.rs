@@ -329,11 +329,14 @@ impl Tree {
     ///
     /// # Errors
     /// [`Errno::STALE`] if it has been removed; those of opening it.
-    pub fn acquire_disk(&self, node: &Node, disks: &OpenDisks) -> Outcome<Arc<OpenDisk>> {
+    pub fn acquire_disk(&self, node: &Node, disks: &OpenDisks, kept: bool) -> Outcome<Arc<OpenDisk>> {
         let key = key_of(node)?;
         // A disk that is open cannot be removed, so who finds it open under its id need not look at the store.
-        let open = || self.store.open_disk_of(&key.instance, key.id, key.disk);
-        let opened = disks.acquire(&key, || open().context(|| format!("open {key}")));
+        let open = || match kept {
+            true => self.store.take_up_disk_of(&key.instance, key.id, key.disk),
+            false => self.store.open_disk_of(&key.instance, key.id, key.disk),
+        };
+        let opened = disks.acquire(&key, kept, || open().context(|| format!("open {key}")));
         opened.or_else(|error| {
             // Whatever went wrong, if it is gone that is why.
             self.instance_of(node)?;

@@ -9,7 +9,7 @@ use super::Store;
 use super::dir::{Access, Dir};
 use super::layout::{DiskPart, disk_file};
 use super::lock::{Share, try_lock};
-use super::marks::{Mark, Marked};
+use super::marks::Mark;
 use super::names::{DiskName, ObjectName};
 use super::plain::PlainDisk;
 use crate::error::{Context, Error, ErrorKind, Result};
@@ -158,7 +158,7 @@ impl Disk {
     /// # Errors
     /// The same.
     pub fn grow(&self, size: u64) -> Result<()> {
-        both!(self, disk => disk.grow(size))
+        both!(self, disk => disk.grow(size)).inspect_err(|_| self.note_latched())
     }
 
     /// See [`Overlay::next_data`].
@@ -248,7 +248,7 @@ impl Store {
     /// [`ErrorKind::NotFound`] if there is no such disk; [`ErrorKind::Busy`] if it is open already;
     /// [`ErrorKind::Corrupt`] if its map is damaged or its base is not what it was made over.
     pub fn open_disk(&self, instance: &ObjectName, disk: DiskName) -> Result<Disk> {
-        self.open_disk_in(&self.instance_dir(instance)?, instance, disk)
+        self.open_disk_in(&self.instance_dir(instance)?, instance, disk, false)
     }
 
     /// [`Store::open_disk`] of the very instance `id`, not of a later one under its name.
@@ -256,18 +256,29 @@ impl Store {
     /// # Errors
     /// Those of [`Store::open_disk`]; [`ErrorKind::NotFound`] if another instance has the name now.
     pub fn open_disk_of(&self, instance: &ObjectName, id: LayerId, disk: DiskName) -> Result<Disk> {
-        self.open_disk_in(&self.instance_dir_of(instance, id)?, instance, disk)
+        self.open_disk_in(&self.instance_dir_of(instance, id)?, instance, disk, false)
     }
 
-    fn open_disk_in(&self, folder: &Dir, instance: &ObjectName, disk: DiskName) -> Result<Disk> {
+    /// Opens a disk that an earlier process of this daemon had open, for those who have it open still: with all that was
+    /// answered, whatever [`Store::accepting_loss`] says, or not at all.
+    ///
+    /// # Errors
+    /// Those of [`Store::open_disk_of`]; [`ErrorKind::Io`] if a sync of it had failed, or what was answered is not there.
+    pub fn take_up_disk_of(&self, instance: &ObjectName, id: LayerId, disk: DiskName) -> Result<Disk> {
+        self.open_disk_in(&self.instance_dir_of(instance, id)?, instance, disk, true)
+    }
+
+    fn open_disk_in(
+        &self,
+        folder: &Dir,
+        instance: &ObjectName,
+        disk: DiskName,
+        is_kept: bool,
+    ) -> Result<Disk> {
         let is_plain = folder.has(disk_file(disk, DiskPart::Raw))?;
         let part = if is_plain { DiskPart::Raw } else { DiskPart::Map };
         let file = self.lock_disk(folder, instance, disk, part)?;
-        let (mark, is_kept) = match self.mark(instance, disk)? {
-            None => (None, false),
-            Some(Marked::Fresh(mark)) => (Some(mark), false),
-            Some(Marked::Kept(mark)) => (Some(mark), true),
-        };
+        let mark = if is_kept { Some(self.kept_mark(instance, disk)?) } else { self.mark(instance, disk)? };
         let opened = if is_plain {
             self.open_plain(folder, instance, disk, file, is_kept)
         } else {

@@ -18,6 +18,7 @@ use rustix::fs::FlockOperation;
 use rustix::io::Errno;
 use serde::{Deserialize, Serialize};
 
+use super::Store;
 use super::atomic;
 use super::dir::{Access, Dir};
 use super::layout;
@@ -137,6 +138,16 @@ impl ServeLock {
     /// The lock that another process of the same daemon holds as well: it is held as long as one of them lives.
     pub fn shared(descriptor: OwnedFd) -> Self {
         Self { file: descriptor.into(), is_ours: false }
+    }
+
+    /// Whether this is the lock of `store`, and not of another that lies in its place now.
+    ///
+    /// # Errors
+    /// Those of the host.
+    pub fn is_of(&self, store: &Store) -> Result<bool> {
+        let held = rustix::fs::fstat(&self.file).context(|| "look at the lock")?;
+        let there = store.root.stat(layout::DAEMON_LOCK)?;
+        Ok(there.is_some_and(|there| (there.st_dev, there.st_ino) == (held.st_dev, held.st_ino)))
     }
 
     /// That other process has died: the lock's file speaks of this one from now on.

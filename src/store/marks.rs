@@ -5,8 +5,8 @@
 //! lock, before it is opened, and takes the mark away after it was closed. A mark counts as long as the store is served;
 //! each mount begins by clearing those of an earlier one.
 //!
-//! To others a marked disk is in use, with or without its lock. To the daemon itself a mark means that an earlier process
-//! of this very mount had the disk open: it is then taken up whole, or refused.
+//! To others a marked disk is in use, with or without its lock. Which disks an earlier process of this very mount had open
+//! the daemon itself knows from its ledger; such a disk is taken up whole, with its mark, or refused.
 //!
 //! Marks are empty files in the run directory, so they end with the host's boot; one that holds a byte is of a disk that
 //! refuses writes since a sync of it failed, which a successor must go on doing.
@@ -27,15 +27,6 @@ const PREFIX: &str = "in-use-";
 #[derive(Debug)]
 pub(super) struct Mark {
     path: PathBuf,
-}
-
-/// What marking a disk has found.
-#[derive(Debug)]
-pub(super) enum Marked {
-    /// It is opened for the first time, or was closed since.
-    Fresh(Mark),
-    /// An earlier process of this mount had it open.
-    Kept(Mark),
 }
 
 impl Mark {
@@ -60,6 +51,10 @@ fn remove(path: &Path) {
         }
         _ => {}
     }
+}
+
+fn is_there(path: &Path) -> Result<bool> {
+    path.try_exists().context(|| format!("look at {}", path.display()))
 }
 
 fn path_in(dir: &Path, instance: &ObjectName, disk: DiskName) -> PathBuf {
@@ -100,36 +95,42 @@ impl Store {
         }
     }
 
-    /// Marks a disk whose lock this process has; nothing if it does not serve.
+    /// Marks a disk whose lock this process has; nothing if it does not serve. A mark that is there already was left by a
+    /// process that died while it opened or closed the disk.
     ///
     /// # Errors
-    /// [`ErrorKind::Io`] if a sync of it had failed in an earlier process of this mount; those of the host.
-    pub(super) fn mark(&self, instance: &ObjectName, disk: DiskName) -> Result<Option<Marked>> {
+    /// Those of the host.
+    pub(super) fn mark(&self, instance: &ObjectName, disk: DiskName) -> Result<Option<Mark>> {
         if !self.in_service {
             return Ok(None);
         }
         let path = path_in(&self.run_dir()?, instance, disk);
+        let made = OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(&path);
+        made.context(|| format!("mark disk {instance}/{disk} as in use"))?;
+        Ok(Some(Mark { path }))
+    }
+
+    /// The mark of a disk that an earlier process of this mount had open. That it is gone says nothing: the disk may have been
+    /// closed since by another handle. What was answered and is lost, the disk's live map tells.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Io`] if a sync of the disk had failed in that process; those of the host.
+    pub(super) fn kept_mark(&self, instance: &ObjectName, disk: DiskName) -> Result<Mark> {
+        let path = path_in(&self.run_dir()?, instance, disk);
         let what = || format!("mark disk {instance}/{disk} as in use");
-        let made = OpenOptions::new().write(true).create_new(true).mode(0o600).open(&path);
-        match made {
-            Ok(_) => Ok(Some(Marked::Fresh(Mark { path }))),
-            Err(error) if error.kind() == IoKind::AlreadyExists => {
-                if std::fs::metadata(&path).context(what)?.len() > 0 {
-                    let message = format!(
-                        "disk {instance}/{disk}: a sync of it had failed, and it was not closed since"
-                    );
-                    return Err(Error::new(ErrorKind::Io, message)
-                        .with_hint("what was not flushed is lost: close the disk, and open it again"));
-                }
-                Ok(Some(Marked::Kept(Mark { path })))
-            }
-            Err(error) => Err(Error::io(what(), error)),
+        let file = OpenOptions::new().append(true).create(true).mode(0o600).open(&path).context(what)?;
+        if file.metadata().context(what)?.len() > 0 {
+            let message =
+                format!("disk {instance}/{disk}: a sync of it had failed, and it was not closed since");
+            return Err(Error::new(ErrorKind::Io, message)
+                .with_hint("what was not flushed is lost: close the disk, and open it again"));
         }
+        Ok(Mark { path })
     }
 
     /// Whether a disk is marked.
     pub(super) fn is_marked(&self, instance: &ObjectName, disk: DiskName) -> Result<bool> {
-        Ok(path_in(&self.run_dir()?, instance, disk).exists())
+        is_there(&path_in(&self.run_dir()?, instance, disk))
     }
 
     /// Whether a disk is in use by the daemon that serves the store, though at this moment perhaps no process has it open.
@@ -138,6 +139,9 @@ impl Store {
         if self.in_service || self.serving()?.is_none() {
             return Ok(false);
         }
-        Ok(self.run_dir_in_use()?.is_some_and(|dir| path_in(&dir, instance, disk).exists()))
+        match self.run_dir_in_use()? {
+            Some(dir) => is_there(&path_in(&dir, instance, disk)),
+            None => Ok(false),
+        }
     }
 }

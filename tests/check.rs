@@ -4,97 +4,29 @@
 
 mod common;
 
-use std::path::PathBuf;
 use std::sync::atomic::Ordering;
 
+use common::layer::{DISK, LAYER, Layer};
 use common::sim::{SimFile, SimHost};
 use cowdisk::ErrorKind;
 use cowdisk::finding::{Finding, Outcome, Severity};
-use cowdisk::format::{
-    BlockState, Change, JournalRecord, LayerId, PAGES_OFFSET, SUPERBLOCK_BYTES, Superblock,
-};
+use cowdisk::format::{BlockState, Change, JournalRecord, PAGES_OFFSET, SUPERBLOCK_BYTES, Superblock};
 use cowdisk::overlay::{
     BaseImage, LayerFiles, LayerReport, Overlay, Usage, check_layer, read_superblock, repair_layer,
 };
 use cowdisk::storage::{FileStorage, MemStorage, Storage};
 use cowdisk::units::{BlockSpan, Geometry};
 
-const DISK: u64 = 70 << 20;
-const LAYER: LayerId = LayerId([6; 16]);
-/// Bytes at both ends of the disk that the tests write to.
-const EDGE: usize = 2 << 20;
-
-struct Layer {
-    data: SimFile,
-    map: SimFile,
-    folder: tempfile::TempDir,
+/// What is done to a layer here besides using it.
+trait Examined {
+    fn check(&self) -> LayerReport;
+    fn repair(&self) -> Vec<Finding>;
+    fn corrupt(&self, offset: u64, mask: u8);
+    fn superblock(&self) -> Superblock;
+    fn put_superblock(&self, copy: u64, superblock: &Superblock);
 }
 
-impl Layer {
-    /// Two map pages, both slots of the first in use, and three records in the journal; open, with a live map.
-    fn open_one() -> (Self, Overlay) {
-        let host = SimHost::new(0);
-        let layer = Self {
-            data: SimFile::new(&host),
-            map: SimFile::new(&host),
-            folder: tempfile::tempdir().expect("a temporary folder"),
-        };
-        let geometry = Geometry::new(DISK, 4096, 0).expect("valid");
-        Overlay::create(&layer.files(), LAYER, geometry, BaseImage::blank().reference()).expect("create");
-        let overlay = layer.open();
-        for (at, byte) in [(0, 1), (DISK - 8192, 2), (40960, 3)] {
-            overlay.write_at(at, &[byte; 8192]).expect("write");
-            overlay.checkpoint().expect("checkpoint");
-        }
-        for n in 0..3u8 {
-            overlay.write_at(1 << 20 | u64::from(n) << 14, &[4 + n; 4096]).expect("write");
-            overlay.flush().expect("flush");
-        }
-        (layer, overlay)
-    }
-
-    /// The same after a reboot of the host that followed a crash: no session, three records in the journal.
-    fn after_a_crash() -> Self {
-        let (layer, overlay) = Self::open_one();
-        drop(overlay);
-        layer.forget_live_map();
-        drop(layer.open());
-        layer.forget_live_map();
-        layer
-    }
-
-    fn files(&self) -> LayerFiles {
-        LayerFiles { data: Box::new(self.data.clone()), map: Box::new(self.map.clone()) }
-    }
-
-    fn live_map(&self) -> PathBuf {
-        self.folder.path().join("live")
-    }
-
-    fn forget_live_map(&self) {
-        std::fs::remove_file(self.live_map()).expect("there is a live map");
-    }
-
-    fn try_open(&self) -> cowdisk::Result<Overlay> {
-        // As in another boot of the host, in which nobody misses the live map.
-        Overlay::open_accepting_loss("test", self.files(), BaseImage::blank(), &self.live_map())
-    }
-
-    fn open(&self) -> Overlay {
-        self.try_open().expect("open")
-    }
-
-    fn contents(&self) -> cowdisk::Result<Vec<u8>> {
-        let overlay = self.try_open()?;
-        let mut all = vec![0; 2 * EDGE];
-        let (head, tail) = all.split_at_mut(EDGE);
-        overlay.read_at(0, head)?;
-        overlay.read_at(DISK - EDGE as u64, tail)?;
-        drop(overlay);
-        self.forget_live_map();
-        Ok(all)
-    }
-
+impl Examined for Layer {
     fn check(&self) -> LayerReport {
         check_layer("test", &self.files(), Some(&self.live_map()), Usage::Free)
     }

@@ -3,77 +3,16 @@
 
 mod common;
 
+use common::layer::Layer;
 use common::sim::{Rng, SimFile, SimHost};
 use cowdisk::ErrorKind;
-use cowdisk::format::{LayerId, PAGES_OFFSET};
+use cowdisk::format::PAGES_OFFSET;
 use cowdisk::overlay::{BaseImage, LayerFiles, MapReader, Overlay};
 use cowdisk::storage::Storage;
-use cowdisk::units::Geometry;
-
-const DISK: u64 = 70 << 20;
-
-struct Layer {
-    data: SimFile,
-    map: SimFile,
-    folder: tempfile::TempDir,
-}
-
-/// A layer with two map pages, both slots of the first in use, and records in the journal.
-fn layer() -> Layer {
-    let host = SimHost::new(0);
-    let layer = Layer {
-        data: SimFile::new(&host),
-        map: SimFile::new(&host),
-        folder: tempfile::tempdir().expect("a temporary folder"),
-    };
-    let geometry = Geometry::new(DISK, 4096, 0).expect("valid");
-    Overlay::create(&layer.files(), LayerId([6; 16]), geometry, BaseImage::blank().reference())
-        .expect("create");
-    let overlay = layer.open().expect("open");
-    for (at, byte) in [(0, 1), (DISK - 8192, 2), (40960, 3)] {
-        overlay.write_at(at, &[byte; 8192]).expect("write");
-        overlay.checkpoint().expect("checkpoint");
-    }
-    for n in 0..3u8 {
-        overlay.write_at(1 << 20 | u64::from(n) << 14, &[4 + n; 4096]).expect("write");
-        overlay.flush().expect("flush");
-    }
-    drop(overlay);
-    std::fs::remove_file(layer.folder.path().join("live")).expect("as after a reboot");
-    layer
-}
-
-impl Layer {
-    fn files(&self) -> LayerFiles {
-        LayerFiles { data: Box::new(self.data.clone()), map: Box::new(self.map.clone()) }
-    }
-
-    fn open(&self) -> cowdisk::Result<Overlay> {
-        // As in another boot of the host, in which nobody misses the live map.
-        Overlay::open_accepting_loss(
-            "test",
-            self.files(),
-            BaseImage::blank(),
-            &self.folder.path().join("live"),
-        )
-    }
-
-    fn contents(&self) -> cowdisk::Result<Vec<u8>> {
-        let overlay = self.open()?;
-        // All that was written, and the neighbourhood.
-        let mut all = vec![0; 4 << 20];
-        let (head, tail) = all.split_at_mut(2 << 20);
-        overlay.read_at(0, head)?;
-        overlay.read_at(DISK - (2 << 20), tail)?;
-        drop(overlay);
-        std::fs::remove_file(self.folder.path().join("live")).expect("the live map of an open overlay");
-        Ok(all)
-    }
-}
 
 #[test]
 fn a_flipped_bit_in_the_map_is_refused_or_harmless() {
-    let layer = layer();
+    let layer = Layer::cut_by_a_reboot();
     let before = layer.contents().expect("whole");
     let end = layer.map.size().expect("size");
     let mut rng = Rng(1);
@@ -102,7 +41,7 @@ fn a_flipped_bit_in_the_map_is_refused_or_harmless() {
                 assert_eq!(error.kind(), ErrorKind::Corrupt, "byte {offset}: {error}");
             }
         }
-        let _ = MapReader::open("test", layer.map.clone(), &layer.folder.path().join("live"));
+        let _ = MapReader::open("test", layer.map.clone(), &layer.live_map());
         layer.map.corrupt(offset, mask);
     }
     assert!(refused > 100 && harmless > 100, "{refused} refused, {harmless} harmless");
@@ -111,7 +50,7 @@ fn a_flipped_bit_in_the_map_is_refused_or_harmless() {
 
 #[test]
 fn one_copy_of_the_superblock_is_enough() {
-    let layer = layer();
+    let layer = Layer::cut_by_a_reboot();
     let before = layer.contents().expect("whole");
     for copy in 0..2 {
         for at in 0..4096 {
@@ -126,7 +65,7 @@ fn one_copy_of_the_superblock_is_enough() {
 
 #[test]
 fn a_lost_journal_record_before_a_committed_one_is_refused() {
-    let layer = layer();
+    let layer = Layer::cut_by_a_reboot();
     let record = (0..64).map(|n| 8192 + n * 4096).find(|&at| {
         let mut magic = [0; 8];
         layer.map.read_at(at, &mut magic).expect("read");
@@ -140,9 +79,9 @@ fn a_lost_journal_record_before_a_committed_one_is_refused() {
 #[test]
 fn a_data_file_that_was_cut_is_refused() {
     let host = SimHost::new(0);
-    let (short, map) = (SimFile::new(&host), layer());
+    let (short, map) = (SimFile::new(&host), Layer::cut_by_a_reboot());
     let files = LayerFiles { data: Box::new(short), map: Box::new(map.map.clone()) };
-    let live = map.folder.path().join("live");
+    let live = map.live_map();
     let opened = Overlay::open_accepting_loss("test", files, BaseImage::blank(), &live);
     let error = opened.expect_err("refused");
     assert!(error.to_string().contains("data file ends at byte 0"), "{error}");

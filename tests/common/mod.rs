@@ -3,6 +3,7 @@
 
 pub mod boot;
 pub mod host;
+pub mod layer;
 pub mod live;
 pub mod record;
 pub mod sim;

@@ -18,7 +18,7 @@ pub enum Keep {
     /// Nothing.
     Nothing,
     /// The capabilities, until the process is confined: a daemon has to mount. Those that would open files to us that are
-    /// closed to the owner are in effect only in [`with_capabilities`]: what lies in the store is the owner's choice.
+    /// closed to the owner are in effect only within `with_capabilities`: what lies in the store is the owner's choice.
     Capabilities,
 }
 

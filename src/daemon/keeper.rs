@@ -24,10 +24,9 @@ use super::confine::{Role, confine};
 use super::identity;
 use super::link::{ErrorWord, Handover, Link, PROTOCOL, ToKeeper, ToWorker};
 use super::mounted::Mounted;
-use super::mountpoint;
 use super::mounts;
 use super::options::MountOptions;
-use super::serve::raise_descriptor_limit;
+use super::serve::{raise_descriptor_limit, take};
 use super::signals::SignalWatch;
 use super::status::KeeperStatus;
 use super::unmounter::Unmounter;
@@ -56,11 +55,7 @@ pub(super) fn keep(
     options: &MountOptions,
     on_ready: impl FnOnce(),
 ) -> Result<()> {
-    // The way to the mountpoint may be closed to the store's owner.
-    let mountpoint = identity::with_capabilities(|| mountpoint::prepare(mountpoint, store.dir()))?;
-    let store = store.with_space_policy(options.space);
-    let lock = store.serve_lock(&mountpoint)?;
-    store.clear_marks()?;
+    let (store, mountpoint, lock) = take(store, mountpoint, options)?;
     let source = mounts::absolute(store.dir())?;
     raise_descriptor_limit();
     let flags = OFlags::PATH | OFlags::CLOEXEC;

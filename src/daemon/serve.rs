@@ -1,6 +1,6 @@
 //! The life of a daemon: mount, serve, and end when the mount has gone away.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::mpsc::{Sender, channel};
 
@@ -22,7 +22,7 @@ use super::status::Identity;
 use super::unmounter::Unmounter;
 use crate::error::{Context, Error, Result};
 use crate::fs::Fs;
-use crate::store::{Store, Timestamp};
+use crate::store::{ServeLock, Store, Timestamp};
 use crate::transport::{Session, Transport};
 
 /// Open files wanted: for 200,000 overlays, each of which takes five (map, data twice, base and live map), and
@@ -57,6 +57,20 @@ pub(super) fn serve(
     }
 }
 
+/// Takes the right to serve `store` on `mountpoint`, which becomes absolute.
+pub(super) fn take(
+    store: Store,
+    mountpoint: &Path,
+    options: &MountOptions,
+) -> Result<(Store, PathBuf, ServeLock)> {
+    // The way to the mountpoint may be closed to the store's owner.
+    let mountpoint = identity::with_capabilities(|| mountpoint::prepare(mountpoint, store.dir()))?;
+    let store = store.with_space_policy(options.space);
+    let lock = store.serve_lock(&mountpoint)?;
+    store.clear_marks()?;
+    Ok((store, mountpoint, lock))
+}
+
 /// Serves in this process, which no other can succeed.
 fn serve_alone(
     store: Store,
@@ -64,11 +78,7 @@ fn serve_alone(
     options: &MountOptions,
     on_ready: impl FnOnce(),
 ) -> Result<()> {
-    // The way to the mountpoint may be closed to the store's owner.
-    let mountpoint = identity::with_capabilities(|| mountpoint::prepare(mountpoint, store.dir()))?;
-    let store = store.with_space_policy(options.space);
-    let lock = store.serve_lock(&mountpoint)?;
-    store.clear_marks()?;
+    let (store, mountpoint, lock) = take(store, mountpoint, options)?;
     let run_dir = store.run_dir()?;
     let source = mounts::absolute(store.dir())?;
     raise_descriptor_limit();

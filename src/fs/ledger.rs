@@ -175,7 +175,7 @@ impl Ledger {
         Ok(bytes)
     }
 
-    /// Writes the entry of a slot below [`SLOTS`].
+    /// Writes the entry of a slot below the limit of slots.
     ///
     /// # Errors
     /// [`ErrorKind::NoSpace`] if there is no memory for it.

@@ -51,7 +51,8 @@ impl Store {
     /// written to it shows some moment, not necessarily the same for all parts.
     ///
     /// # Errors
-    /// [`ErrorKind::NotFound`] if there is no such disk; [`ErrorKind::Corrupt`] if its map or its base is damaged.
+    /// [`NotFound`](crate::ErrorKind::NotFound) if there is no such disk; [`Corrupt`](crate::ErrorKind::Corrupt) if its
+    /// map or its base is damaged.
     pub fn disk_map(&self, instance: &ObjectName, disk: DiskName) -> Result<DiskMap> {
         let folder = self.instance_dir(instance)?;
         if folder.has(disk_file(disk, DiskPart::Raw))? {

@@ -18,20 +18,27 @@ const SYS_RESOURCE: u64 = 1 << 24;
 /// A user who is nobody else.
 const USER: u32 = 43_210;
 
+/// What `/proc` says of a thread that has ended.
+const ENDED: [Option<i32>; 2] = [Some(libc::ENOENT), Some(libc::ESRCH)];
+
 fn daemon_pid(place: &Place) -> u64 {
     let lock: serde_json::Value =
         serde_json::from_str(&fs::read_to_string(place.path("store/daemon.lock")).unwrap()).unwrap();
     lock["pid"].as_u64().unwrap()
 }
 
-/// A field of `status` of each thread of a process.
+/// A field of `status` of each thread of a process that does not end meanwhile.
 fn of_threads(pid: u64, field: &str) -> Vec<String> {
     let threads = fs::read_dir(format!("/proc/{pid}/task")).unwrap();
     let values: Vec<String> = threads
-        .map(|thread| {
-            let status = fs::read_to_string(thread.unwrap().path().join("status")).unwrap();
+        .filter_map(|thread| {
+            let status = match fs::read_to_string(thread.unwrap().path().join("status")) {
+                Ok(status) => status,
+                Err(error) if ENDED.contains(&error.raw_os_error()) => return None,
+                Err(error) => panic!("the status of a thread of {pid}: {error}"),
+            };
             let line = status.lines().find_map(|line| line.strip_prefix(field)?.strip_prefix(':'));
-            line.unwrap_or_else(|| panic!("no {field} in\n{status}")).trim().to_owned()
+            Some(line.unwrap_or_else(|| panic!("no {field} in\n{status}")).trim().to_owned())
         })
         .collect();
     assert!(!values.is_empty(), "a process has threads");
@@ -107,16 +114,21 @@ fn a_daemon_keeps_only_what_serving_needs() {
     assert_eq!(fs::read_dir(mounted.0.path("mnt")).unwrap().count(), 0, "unmounted");
 }
 
-/// Root mounted another user's store with root's rights, and its commands made root's files in it.
-#[test]
-fn the_store_of_another_user_is_served_and_changed_with_that_users_rights() {
-    needs_mount();
+/// A place that belongs to another user, with the run directory.
+fn anothers_place() -> Place {
     let place = Place::furnished();
     let owner = format!("{USER}:{USER}");
     for path in [place.path(""), place.run.path().to_str().unwrap().to_owned()] {
         assert!(Command::new("chown").args(["-R", &owner, &path]).status().unwrap().success());
     }
-    let mounted = Mounted::of(place);
+    place
+}
+
+/// Root mounted another user's store with root's rights, and its commands made root's files in it.
+#[test]
+fn the_store_of_another_user_is_served_and_changed_with_that_users_rights() {
+    needs_mount();
+    let mounted = Mounted::of(anothers_place());
     let place = &mounted.0;
     let pid = daemon_pid(place);
     check_confined(place, SYS_ADMIN);
@@ -172,12 +184,7 @@ fn a_mountpoint_behind_a_closed_folder_is_left_again() {
 #[test]
 fn root_keeps_the_console_of_another_users_guest_in_a_folder_of_its_own() {
     needs_mount();
-    let place = Place::furnished();
-    let owner = format!("{USER}:{USER}");
-    for path in [place.path(""), place.run.path().to_str().unwrap().to_owned()] {
-        assert!(Command::new("chown").args(["-R", &owner, &path]).status().unwrap().success());
-    }
-    let mounted = Mounted::of(place);
+    let mounted = Mounted::of(anothers_place());
     let domain = mounted.0.works(&["libvirt", "xml", "inst", "--domain", "--type", "qemu"]);
     let log = domain.split("<log file=\"").nth(1).and_then(|rest| rest.split('"').next()).unwrap();
     let folder = Path::new(log).parent().unwrap();

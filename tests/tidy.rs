@@ -29,7 +29,7 @@ const HOMES: [(&str, &[&str]); 14] = [
     ("clap_complete", &["cli"]),
     ("quick_xml", &["libvirt"]),
     ("indicatif", &["cli"]),
-    ("memmap2", &["overlay/live_map.rs"]),
+    ("memmap2", &["overlay/live_map.rs", "transport/dev_fuse/buffers.rs"]),
     ("blake3", &["format", "store"]),
     ("rayon", &["store"]),
     ("seccompiler", &["daemon/seccomp.rs"]),

@@ -34,7 +34,7 @@ use super::worker;
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::fs::Ledger;
 use crate::store::{ServeLock, Store, Timestamp};
-use crate::transport::Connection;
+use crate::transport::{Connection, Transport};
 
 /// The program that is running, whatever has become of its file.
 const OWN_PROGRAM: &str = "/proc/self/exe";
@@ -66,7 +66,7 @@ pub(super) fn keep(
         identity::with_capabilities(|| Mounted::new(&source, &mountpoint, options, &unmounter))?;
     // Before the first thread: what is given up is given up by each thread for itself, and by the workers.
     confine(Role::Keeper { mountpoint: &mountpoint });
-    let connection = Connection::begin(device, options.threads)?;
+    let connection = Connection::begin(device, options.threads(Transport::DevFuse))?;
     let ledger = Ledger::create()?;
     ledger.set_agreed(&connection.agreed())?;
     let (events, inbox) = channel();

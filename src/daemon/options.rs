@@ -11,7 +11,7 @@ use crate::store::{HIGH_WATER_PERCENT, SpacePolicy};
 use crate::transport::Transport;
 use crate::units::parse_size;
 
-/// Most threads that answer requests; more would only wake each other.
+/// Most threads that read requests; more would only wake each other.
 pub const THREADS_MAX: usize = 64;
 
 /// Seconds between two flushes of a disk that was written, unless the options say otherwise.
@@ -27,8 +27,8 @@ pub struct MountOptions {
     pub read_only: bool,
     /// How the kernel's requests are read and answered. `None`: [`Transport::of_environment`].
     pub transport: Option<Transport>,
-    /// Threads that answer requests, 1 to [`THREADS_MAX`].
-    pub threads: usize,
+    /// Threads that read requests, 1 to [`THREADS_MAX`]. `None`: [`Transport::threads`].
+    pub threads: Option<usize>,
     /// Whether other users than the one who mounts may use the mount; file modes still apply to them. `None`: yes for
     /// root, no for anyone else (whom `fusermount3` only allows it if `/etc/fuse.conf` says `user_allow_other`).
     pub allow_other: Option<bool>,
@@ -44,11 +44,10 @@ pub struct MountOptions {
 
 impl Default for MountOptions {
     fn default() -> Self {
-        let cpus = std::thread::available_parallelism().map_or(1, usize::from);
         Self {
             read_only: false,
             transport: None,
-            threads: (2 * cpus).clamp(4, 16),
+            threads: None,
             allow_other: None,
             flush_seconds: FLUSH_SECONDS,
             accept_loss: false,
@@ -65,6 +64,11 @@ enum Meaning {
 }
 
 impl MountOptions {
+    /// Threads that read requests of a mount by `transport`.
+    pub fn threads(&self, transport: Transport) -> usize {
+        self.threads.unwrap_or_else(|| transport.threads())
+    }
+
     /// Reads comma-separated options; an empty text or empty options are fine, and of contradicting ones the last
     /// holds.
     ///
@@ -115,7 +119,7 @@ impl MountOptions {
                 let transport = value.parse::<Transport>().context(|| format!("mount option {option:?}"))?;
                 self.transport = Some(transport);
             }
-            ("threads", Some(value)) => self.threads = in_range(option, value, 1, THREADS_MAX)?,
+            ("threads", Some(value)) => self.threads = Some(in_range(option, value, 1, THREADS_MAX)?),
             ("flush", Some(value)) => self.flush_seconds = in_range(option, value, 0, FLUSH_SECONDS_MAX)?,
             ("allow_other", None) => self.allow_other = Some(true),
             ("noallow_other", None) => self.allow_other = Some(false),
@@ -177,7 +181,11 @@ where
 impl fmt::Display for MountOptions {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let access = if self.read_only { "ro" } else { "rw" };
-        write!(f, "{access},threads={},flush={}", self.threads, self.flush_seconds)?;
+        write!(f, "{access}")?;
+        if let Some(threads) = self.threads {
+            write!(f, ",threads={threads}")?;
+        }
+        write!(f, ",flush={}", self.flush_seconds)?;
         if let Some(transport) = self.transport {
             write!(f, ",transport={transport}")?;
         }
@@ -213,7 +221,7 @@ mod tests {
         )
         .unwrap();
         assert!(options.read_only);
-        assert_eq!((options.transport, options.threads), (Some(Transport::Fuser), 3));
+        assert_eq!((options.transport, options.threads), (Some(Transport::Fuser), Some(3)));
         assert_eq!(options.allow_other, Some(false));
         assert_eq!(options.flush_seconds, 0);
         assert!(options.accept_loss && !MountOptions::default().accept_loss);

@@ -93,7 +93,7 @@ fn serve_alone(
     let (events, inbox) = channel();
     let signals = watch_signals(&events)?;
     let background = Background::start(Arc::clone(&fs), options.flush_seconds)?;
-    let session = Session::begin(device, Arc::clone(&fs), options.threads)?;
+    let session = Session::begin(device, Arc::clone(&fs), options.threads(Transport::Fuser))?;
     await_end(session, events)?;
     mounted.answered();
     // Nobody's disk depends on it.

@@ -26,7 +26,7 @@ use super::unmounter::Unmounter;
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::fs::{Fs, Ledger};
 use crate::store::{ServeLock, Store};
-use crate::transport::{Connection, Session};
+use crate::transport::{Connection, Session, Transport};
 
 /// Set to 1 in the environment of a process whose standard input is a socket to its keeper.
 pub(super) const VARIABLE: &str = "COWDISK_KEPT";
@@ -158,7 +158,8 @@ impl<'a> Worker<'a> {
             Arc::new(KeeperLink { link, answers: Mutex::new(answers), is_gone: AtomicBool::new(false) });
         let heir = Heir { lock, mountpoint: mountpoint.clone(), options: options.clone() };
         listen(&keeper, events.clone(), answered, heir)?;
-        let session = Session::take_over(connection, Arc::clone(&fs), handover.resend)?;
+        let threads = options.threads(Transport::DevFuse);
+        let session = Session::take_over(connection, Arc::clone(&fs), threads, handover.resend)?;
         await_end(session, events)?;
         // Nobody's disk depends on it.
         let known = Some((handover.keeper.clone(), Arc::clone(&keeper)));

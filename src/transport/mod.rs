@@ -34,6 +34,15 @@ pub enum Transport {
 impl Transport {
     /// All of them.
     pub const ALL: [Self; 2] = [Self::DevFuse, Self::Fuser];
+
+    /// Threads that read requests, unless the options say otherwise. Those of [`Self::DevFuse`] wait for the host's disk
+    /// themselves, and sleep when they are not needed.
+    pub fn threads(self) -> usize {
+        match self {
+            Self::DevFuse => 48,
+            Self::Fuser => 2 * std::thread::available_parallelism().map_or(2, usize::from).clamp(2, 8),
+        }
+    }
 }
 
 /// Environment variable that names the transport of mounts whose options name none.
@@ -90,14 +99,13 @@ impl Session {
         Ok(Self::Fuser(fuser::FuserSession::start(device, fs, threads)?))
     }
 
-    /// A session of [`Transport::DevFuse`] on a connection that has begun, with a thread for each of its descriptors.
-    /// Requests are answered when this returns. With `resend` the kernel sends again what processes before this one, all
+    /// A session of [`Transport::DevFuse`] on a connection that has begun, with `threads` threads, at least 1. Requests are answered when this returns. With `resend` the kernel sends again what processes before this one, all
     /// of which have ended, had read and not answered.
     ///
     /// # Errors
     /// Those of the host.
-    pub fn take_over(connection: Connection, fs: Arc<Fs>, resend: bool) -> Result<Self> {
-        Ok(Self::DevFuse(dev_fuse::DevFuseSession::start(connection, fs, resend)?))
+    pub fn take_over(connection: Connection, fs: Arc<Fs>, threads: usize, resend: bool) -> Result<Self> {
+        Ok(Self::DevFuse(dev_fuse::DevFuseSession::start(connection, fs, threads, resend)?))
     }
 
     /// Waits until the mount has gone away and every request is answered.

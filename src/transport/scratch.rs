@@ -5,6 +5,9 @@ use std::cell::RefCell;
 /// Alignment of the buffers, in bytes.
 const BUFFER_ALIGNMENT: usize = 4096;
 
+/// Longest buffer that [`shrink`] leaves, in bytes.
+const KEPT_BYTES: usize = 64 << 10;
+
 thread_local! {
     /// What this thread reads into before it is sent to the kernel.
     static BUFFER: RefCell<Vec<u8>> = const { RefCell::new(Vec::new()) };
@@ -20,4 +23,13 @@ pub fn with_buffer<R>(len: u32, work: impl FnOnce(&mut [u8]) -> R) -> R {
         let start = buffer.as_ptr().align_offset(BUFFER_ALIGNMENT);
         work(&mut buffer[start..start + len])
     })
+}
+
+/// Gives this thread's buffer back to the host if it was grown by a large request.
+pub fn shrink() {
+    BUFFER.with_borrow_mut(|buffer| {
+        if buffer.len() > KEPT_BYTES {
+            *buffer = Vec::new();
+        }
+    });
 }

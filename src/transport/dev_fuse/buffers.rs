@@ -1,5 +1,6 @@
 //! Memory for requests.
 
+use memmap2::{MmapMut, MmapOptions};
 use parking_lot::Mutex;
 
 use super::init::REQUEST_BYTES_MAX;
@@ -15,38 +16,26 @@ const PAYLOAD_BYTES: usize = {
 };
 
 /// Memory for one request, placed so that the payload of a WRITE is aligned to a page: it then goes past the host's cache
-/// from where it is.
-pub struct RequestBuffer(Vec<u8>);
+/// from where it is. A mapping of its own, so that it goes back to the host with its owner.
+pub struct RequestBuffer(MmapMut);
 
 impl RequestBuffer {
     /// Memory for the largest request.
     pub fn new() -> Self {
-        // Not zeroes, so that every page is there: a process that is killed while the kernel copies a request into a page
-        // that still has to be found would cost that request an EIO.
-        Self(vec![1; 2 * PAGE + PAYLOAD_BYTES])
+        // With every page there: a process that is killed while the kernel copies a request into a page that still has to be
+        // found would cost that request an EIO.
+        let memory = MmapOptions::new().len(PAGE + PAYLOAD_BYTES).populate().map_anon();
+        Self(memory.expect("1 MiB of memory, as for any allocation"))
     }
 
     /// Where a request is read to.
     pub fn bytes(&mut self) -> &mut [u8] {
-        let start = self.start();
-        &mut self.0[start..start + WRITE_HEAD_BYTES + PAYLOAD_BYTES]
+        &mut self.0[PAGE - WRITE_HEAD_BYTES..]
     }
 
     /// The first `len` bytes of the payload of a WRITE.
     pub fn payload(&self, len: usize) -> &[u8] {
-        &self.0[self.start() + WRITE_HEAD_BYTES..][..len]
-    }
-
-    /// The room of a payload, for what is read.
-    pub fn payload_mut(&mut self) -> &mut [u8] {
-        &mut self.bytes()[WRITE_HEAD_BYTES..]
-    }
-
-    fn start(&self) -> usize {
-        let page = self.0.as_ptr().align_offset(PAGE);
-        // The first page border with room for the head of a WRITE before it.
-        let payload = if page >= WRITE_HEAD_BYTES { page } else { page + PAGE };
-        payload - WRITE_HEAD_BYTES
+        &self.0[PAGE..][..len]
     }
 }
 
@@ -90,6 +79,13 @@ impl SpareBuffers {
     pub fn put(&self, buffer: RequestBuffer) {
         self.spare.lock().buffers.push(buffer);
     }
+
+    /// Gives the memory of buffers that nobody uses back to the host.
+    pub fn discard(&self) {
+        let mut spare = self.spare.lock();
+        spare.unmade += spare.buffers.len();
+        spare.buffers.clear();
+    }
 }
 
 #[cfg(test)]
@@ -101,7 +97,6 @@ mod tests {
         for _ in 0..8 {
             let mut buffer = RequestBuffer::new();
             assert_eq!(buffer.bytes().len(), WRITE_HEAD_BYTES + PAYLOAD_BYTES);
-            assert_eq!(buffer.payload_mut().len(), PAYLOAD_BYTES);
             assert_eq!(buffer.payload(1).as_ptr().align_offset(PAGE), 0);
             buffer.bytes()[WRITE_HEAD_BYTES] = 7;
             assert_eq!(buffer.payload(1), [7]);
@@ -114,6 +109,10 @@ mod tests {
         let (one, _two) = (spare.take().unwrap(), spare.take().unwrap());
         assert!(spare.take().is_none());
         spare.put(one);
+        assert!(spare.take().is_some());
+        assert!(spare.take().is_none());
+        spare.put(RequestBuffer::new());
+        spare.discard();
         assert!(spare.take().is_some());
         assert!(spare.take().is_none());
     }

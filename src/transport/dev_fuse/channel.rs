@@ -6,6 +6,7 @@ use std::io::{self, IoSlice};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::time::Duration;
 
+use rustix::fs::OFlags;
 use rustix::io::Errno as Os;
 use zerocopy::IntoBytes;
 
@@ -16,6 +17,7 @@ use crate::fs::Errno;
 #[derive(Debug)]
 pub struct Channel {
     fd: OwnedFd,
+    waits: bool,
 }
 
 impl AsFd for Channel {
@@ -41,7 +43,13 @@ pub enum Received {
 impl Channel {
     /// Takes a descriptor of a mounted connection.
     pub fn new(fd: OwnedFd) -> Self {
-        Self { fd }
+        let waits = rustix::fs::fcntl_getfl(&fd).is_ok_and(|flags| !flags.contains(OFlags::NONBLOCK));
+        Self { fd, waits }
+    }
+
+    /// Whether [`Channel::receive`] waits for a request if there is none.
+    pub fn waits(&self) -> bool {
+        self.waits
     }
 
     /// Its descriptor.

@@ -27,17 +27,18 @@ pub struct Connection {
 }
 
 impl Connection {
-    /// Answers the kernel's INIT on a descriptor that has just been mounted, and opens others of the same connection so
-    /// that there are `count`, at least 1, or that one alone for a user who may not open the device.
+    /// Answers the kernel's INIT on a descriptor that has just been mounted, and opens others of the same connection for
+    /// `threads` threads, unless the user may not open the device. Reading from the first waits for requests, from the second
+    /// it does not, and so on in turns.
     ///
     /// # Errors
     /// If the kernel speaks no version of the protocol that we do.
-    pub fn begin(device: OwnedFd, count: usize) -> Result<Self> {
+    pub fn begin(device: OwnedFd, threads: usize) -> Result<Self> {
         let (device, agreed) = begin(Channel::new(device))?;
         let mut descriptors = vec![device];
-        let count = if mount::may_open_device() { count } else { 1 };
-        for _ in 1..count {
-            let clone = control::open_clone(descriptors[0].as_fd())?;
+        let count = if mount::may_open_device() { threads.min(descriptors_max()) } else { 1 };
+        for number in 1..count {
+            let clone = control::open_clone(descriptors[0].as_fd(), number % 2 == 0)?;
             descriptors.push(clone);
         }
         Ok(Self { descriptors, agreed })
@@ -97,6 +98,11 @@ impl Connection {
     pub(super) fn into_channels(self) -> impl Iterator<Item = Channel> {
         self.descriptors.into_iter().map(Channel::new)
     }
+}
+
+/// Most descriptors that are of use: threads share them, and no more work at once than there are processors.
+fn descriptors_max() -> usize {
+    2 * std::thread::available_parallelism().map_or(2, usize::from).clamp(2, 8)
 }
 
 /// What a request is known by, from the number that the kernel gave it.

@@ -9,15 +9,15 @@ use rustix::ioctl::{Setter, ioctl, opcode};
 use crate::error::{Context, Result};
 use crate::transport::mount;
 
-/// Another descriptor of the connection of `connected`, reading from which does not wait. Requests read from it have a
-/// queue of their own, so that threads with descriptors of their own do not wait for each other.
+/// Another descriptor of the connection of `connected`, reading from which waits for a request or not. Requests read from it
+/// have a queue of their own, so that threads with descriptors of their own do not wait for each other.
 ///
 /// # Errors
 /// Those of the kernel.
-pub fn open_clone(connected: BorrowedFd<'_>) -> Result<OwnedFd> {
+pub fn open_clone(connected: BorrowedFd<'_>, waits: bool) -> Result<OwnedFd> {
     let clone = mount::open_device()?;
     clone_connection(connected, clone.as_fd()).context(|| "clone /dev/fuse")?;
-    rustix::io::ioctl_fionbio(&clone, true).context(|| "have /dev/fuse not wait")?;
+    rustix::io::ioctl_fionbio(&clone, !waits).context(|| "say whether /dev/fuse waits")?;
     Ok(clone)
 }
 

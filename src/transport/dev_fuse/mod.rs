@@ -2,11 +2,13 @@
 //!
 //! `wire.rs` has the kernel's structures, `request.rs` understands what it sends, `serve.rs` does it and answers,
 //! `channel.rs` moves the bytes, `connection.rs` is what outlives the process that serves, `readers.rs` are the threads that
-//! read requests. Each has a descriptor of its own, from which it reads and to which its requests are answered, by whomever.
+//! read requests, `crew.rs` says which of them waits for what. An answer goes to the descriptor from which its request came,
+//! by whomever.
 //!
-//! A reader does itself what memory answers: reads of what the host has cached, overwrites through the host's cache, names
-//! and attributes. Reads and writes that wait for the host's disk go to the threads of the disk lane, with their buffers
-//! and without a copy; what may wait for a sync goes to those of the slow lane.
+//! A reader does itself what memory answers (reads of what the host has cached, overwrites through the host's cache, names
+//! and attributes) and, as long as enough others are there for that, reads, writes and syncs that wait for the host's disk.
+//! Beyond that, reads and writes go to the threads of the disk lane, with their buffers and without a copy; other requests
+//! that may wait for a sync go to those of the slow lane.
 //!
 //! These are threads and blocking calls, and no io_uring, for two reasons. A process that is killed has not ended before
 //! its blocking writes have, so none can land after a newer one of its successor; writes that a ring has in flight can. And
@@ -20,6 +22,7 @@ mod buffers;
 mod channel;
 mod connection;
 mod control;
+mod crew;
 mod init;
 mod readers;
 pub mod request;
@@ -50,19 +53,19 @@ pub struct DevFuseSession {
 }
 
 impl DevFuseSession {
-    /// Starts a thread on each descriptor of `connection`. Requests are answered when this returns, and those that an
+    /// Starts `threads` threads, at least 1, that read from the descriptors of `connection`. Requests are answered when this returns, and those that an
     /// earlier process left unanswered are sent again if `resend` says so.
     ///
     /// # Errors
     /// Those of the host.
-    pub fn start(connection: Connection, fs: Arc<Fs>, resend: bool) -> Result<Self> {
+    pub fn start(connection: Connection, fs: Arc<Fs>, threads: usize, resend: bool) -> Result<Self> {
         let server =
             Arc::new(Server::new(fs, SlowLane::start(SLOW_THREADS)?, SlowLane::start(DISK_THREADS)?));
         if resend {
             connection.resend()?;
         }
         let connected: Vec<_> = connection.into_channels().map(Arc::new).collect();
-        Ok(Self { readers: Readers::start(connected, server)? })
+        Ok(Self { readers: Readers::start(connected, threads, server)? })
     }
 
     /// Waits until the mount has gone away and every request is answered.

@@ -8,6 +8,7 @@ use super::answers::{self, Names};
 use super::buffers::{RequestBuffer, SpareBuffers};
 use super::channel::{Channel, Reply};
 use super::connection::request_id;
+use super::crew::Hand;
 use super::init::REQUEST_BYTES_MAX;
 use super::request::{Malformed, Operation, Request, forgets, parse};
 use super::wire::{
@@ -59,6 +60,14 @@ impl Write {
         fs.write(self.handle, self.offset, payload, self.direct, self.way)
     }
 
+    /// Writes, makes it durable if it is to be, and answers, in this thread.
+    fn complete(self, reply: Reply, fs: &Fs, buffer: &RequestBuffer) {
+        let outcome = guarded(|| self.execute(fs, buffer));
+        let outcome =
+            outcome.and_then(|()| if self.durable { guarded(|| fs.sync(self.handle)) } else { Ok(()) });
+        respond(reply, self.about(), outcome, |reply, ()| self.done(reply));
+    }
+
     /// Answers, at once or after a sync that a thread of `slow` waits for.
     fn finish(self, reply: Reply, outcome: Outcome<()>, fs: &Arc<Fs>, slow: &SlowLane) {
         if !self.durable || outcome.is_err() {
@@ -99,24 +108,18 @@ impl Server {
         Self { fs, disk, slow: Arc::new(slow), spare: Arc::new(SpareBuffers::new(WRITES_UNDER_WAY)) }
     }
 
-    /// Does the request that is the first `count` bytes of `buffer`, and answers it to `channel`, now or later. Another
-    /// buffer may have taken the place of this one afterwards. `scratch` is where data are read into; it is as long as the
-    /// largest read.
-    pub fn serve(
-        &self,
-        channel: &Arc<Channel>,
-        count: usize,
-        buffer: &mut RequestBuffer,
-        scratch: &mut [u8],
-    ) {
+    /// Does the request that is the first `count` bytes of `buffer`, and answers it to `channel`, now or later. The calling
+    /// thread waits for the host's disk only if `hand` lets it. Another buffer may have taken the place of this one
+    /// afterwards.
+    pub fn serve(&self, hand: &Hand<'_>, channel: &Arc<Channel>, count: usize, buffer: &mut RequestBuffer) {
         let bytes = &buffer.bytes()[..count];
         match parse(bytes) {
             Ok(Request { header, operation }) => {
                 let (ino, unique) = (header.nodeid, header.unique);
                 match operation {
-                    Operation::Read(arguments) => self.read(channel, unique, ino, &arguments, scratch),
+                    Operation::Read(arguments) => self.read(hand, channel, unique, ino, &arguments),
                     Operation::Write(arguments, _payload) => {
-                        self.write(Reply::new(Arc::clone(channel), unique), ino, &arguments, buffer);
+                        self.write(hand, Reply::new(Arc::clone(channel), unique), ino, &arguments, buffer);
                     }
                     Operation::Forget(lookups) => self.fs.forget(ino, lookups),
                     Operation::BatchForget(all) => {
@@ -126,7 +129,7 @@ impl Server {
                     Operation::Interrupt => {}
                     other => {
                         let reply = Reply::new(Arc::clone(channel), unique);
-                        self.serve_rare(reply, request_id(unique), ino, other);
+                        self.serve_rare(hand, reply, request_id(unique), ino, other);
                     }
                 }
             }
@@ -138,33 +141,41 @@ impl Server {
         }
     }
 
-    fn read(&self, channel: &Arc<Channel>, unique: u64, ino: u64, arguments: &ReadIn, scratch: &mut [u8]) {
+    fn read(&self, hand: &Hand<'_>, channel: &Arc<Channel>, unique: u64, ino: u64, arguments: &ReadIn) {
         log::debug!("READ ino {ino} offset {} size {}", arguments.offset, arguments.size);
         let ReadIn { offset, size, .. } = *arguments;
         let (handle, direct) = (HandleId(arguments.fh), is_direct(arguments.flags));
         let way = if direct { Way::Direct } else { Way::Cached };
         let size = size.min(REQUEST_BYTES_MAX);
-        let buffer = &mut scratch[..usize::try_from(size).expect("1 MiB")];
         let about = About::range("read", ino, offset, size.into());
-        match guarded(|| self.fs.read_now(handle, offset, buffer, direct, way)) {
-            Ok(Some(count)) => channel.answer(unique, &[&buffer[..count]]),
-            Err(failure) => channel.refuse(unique, about.failed(&failure)),
-            Ok(None) => {
-                let (fs, reply) = (Arc::clone(&self.fs), Reply::new(Arc::clone(channel), unique));
-                self.disk.run(ino, move || {
-                    with_buffer(size, |buffer| {
-                        let outcome = guarded(|| fs.read(handle, offset, buffer, direct, way));
-                        respond(reply, about, outcome, |reply, count: usize| {
-                            reply.answer(&[&buffer[..count]])
-                        });
-                    });
-                });
+        let read = move |fs: &Fs, reply: Reply, buffer: &mut [u8]| {
+            let outcome = guarded(|| fs.read(handle, offset, buffer, direct, way));
+            respond(reply, about, outcome, |reply, count: usize| reply.answer(&[&buffer[..count]]));
+        };
+        with_buffer(size, |buffer| {
+            match guarded(|| self.fs.read_now(handle, offset, buffer, direct, way)) {
+                Ok(Some(count)) => return channel.answer(unique, &[&buffer[..count]]),
+                Err(failure) => return channel.refuse(unique, about.failed(&failure)),
+                Ok(None) => {}
             }
-        }
+            let reply = Reply::new(Arc::clone(channel), unique);
+            if let Some(_away) = hand.leave(ino) {
+                return read(&self.fs, reply, buffer);
+            }
+            let fs = Arc::clone(&self.fs);
+            self.disk.run(ino, move || with_buffer(size, |buffer| read(&fs, reply, buffer)));
+        });
     }
 
     /// Writes the payload in `buffer`.
-    fn write(&self, reply: Reply, ino: u64, arguments: &WriteIn, buffer: &mut RequestBuffer) {
+    fn write(
+        &self,
+        hand: &Hand<'_>,
+        reply: Reply,
+        ino: u64,
+        arguments: &WriteIn,
+        buffer: &mut RequestBuffer,
+    ) {
         log::debug!("WRITE ino {ino} offset {} size {}", arguments.offset, arguments.size);
         // A page of a mapping is written in the name of some open file, whose flags say nothing about it.
         let direct = arguments.write_flags & WRITE_CACHE == 0 && is_direct(arguments.flags);
@@ -178,6 +189,11 @@ impl Server {
             durable: arguments.flags.cast_signed() & libc::O_DSYNC != 0,
         };
         let now = self.fs.writes_to_memory(write.handle, write.offset, write.len.into(), write.way);
+        if (!now || write.durable)
+            && let Some(_away) = hand.leave(ino)
+        {
+            return write.complete(reply, &self.fs, buffer);
+        }
         match if now { None } else { self.spare.take() } {
             Some(spare) => {
                 let buffer = std::mem::replace(buffer, spare);
@@ -196,16 +212,28 @@ impl Server {
         }
     }
 
-    /// Everything but reads and writes: what may wait for the host's disk goes to the slow lane.
-    fn serve_rare(&self, reply: Reply, request: RequestId, ino: u64, operation: Operation<'_>) {
+    /// Everything but reads and writes: what may wait for the host's disk goes to the slow lane, but for a sync by a thread
+    /// that may wait.
+    fn serve_rare(
+        &self,
+        hand: &Hand<'_>,
+        reply: Reply,
+        request: RequestId,
+        ino: u64,
+        operation: Operation<'_>,
+    ) {
         log::debug!("{} ino {ino}", operation.name());
         match operation {
             Operation::Open(arguments) => self.open(reply, request, ino, arguments),
             Operation::Release(arguments) => self.release(reply, request, ino, arguments),
-            Operation::Fsync(arguments) => self.slowly("fsync", reply, ino, done, move |fs| {
-                // Attributes are durable as soon as they are changed, so data is all there is to sync.
-                fs.sync(HandleId(arguments.fh))
-            }),
+            // Attributes are durable as soon as they are changed, so data is all there is to sync.
+            Operation::Fsync(arguments) => match hand.leave(ino) {
+                Some(_away) => {
+                    let outcome = guarded(|| self.fs.sync(HandleId(arguments.fh)));
+                    respond(reply, About::new("fsync", ino), outcome, done);
+                }
+                None => self.slowly("fsync", reply, ino, done, move |fs| fs.sync(HandleId(arguments.fh))),
+            },
             Operation::Setattr(arguments) => self.set_attributes(reply, ino, &arguments),
             Operation::Fallocate(arguments) => self.allocate(reply, ino, arguments),
             Operation::Setxattr { name, value, flags } => {

@@ -1,0 +1,276 @@
+//! Who of the threads that read requests waits for one, who sleeps, and who is away at the host's disk.
+//!
+//! At queue depth 1 one thread that waits in the kernel is the fastest: it stays on its processor, and no other is woken
+//! in vain. So all but the first sleep until there is more than it can do: more requests than it keeps up with, or one
+//! that has to wait for the host's disk. Whoever reads such a request waits itself, for handing it to another thread would
+//! cost a second waking; first it sees to it that somebody else waits for requests. Back from the disk it waits for
+//! requests in the kernel as well, so that where many requests go to the disk each finds a thread waiting.
+//!
+//! A watch looks every [`WATCH`] whether any thread waits for requests. If all of those that are awake are held up (by the
+//! host writing back, say), it wakes a sleeper, so that nobody's guest waits for another's. It sleeps when nothing is
+//! asked for.
+
+use std::cell::Cell;
+use std::collections::HashMap;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::time::Duration;
+
+use parking_lot::{Condvar, Mutex};
+
+/// How often the watch looks whether anybody waits for requests.
+const WATCH: Duration = Duration::from_millis(2);
+
+/// After so many looks at a session that is asked for nothing the watch sleeps.
+const IDLE_LOOKS: u32 = 50;
+
+/// Most threads that wait for requests though one would do.
+const WAITING_MAX: usize = 8;
+
+/// The threads of a session that read requests.
+#[derive(Debug)]
+pub struct Crew {
+    /// Most of them that are away at once: some stay for what memory answers.
+    away_max: usize,
+    /// Threads that wait for a request.
+    waiting: AtomicUsize,
+    /// Whether a request came since the watch last looked.
+    active: AtomicBool,
+    /// Whether the watch sleeps.
+    watch_sleeps: AtomicBool,
+    /// Guards who sleeps and how many were called; held for an instant.
+    sleepers: Mutex<Sleepers>,
+    /// Somebody was called, or the session has ended.
+    called: Condvar,
+    /// The watch has something to do again, or the session has ended.
+    watch_called: Condvar,
+    /// Guards how many are away for each file, by inode number, at least 1; held for an instant.
+    away: Mutex<HashMap<u64, usize>>,
+    /// How many are away. Changed by whoever holds `away`.
+    away_count: AtomicUsize,
+}
+
+#[derive(Debug, Default)]
+struct Sleepers {
+    asleep: usize,
+    calls: usize,
+    ended: bool,
+}
+
+impl Crew {
+    /// A crew of so many threads, at least one.
+    pub fn new(threads: usize) -> Self {
+        Self {
+            away_max: threads - threads.div_ceil(4),
+            waiting: AtomicUsize::new(0),
+            active: AtomicBool::new(false),
+            watch_sleeps: AtomicBool::new(false),
+            sleepers: Mutex::default(),
+            called: Condvar::new(),
+            watch_called: Condvar::new(),
+            away: Mutex::default(),
+            away_count: AtomicUsize::new(0),
+        }
+    }
+
+    /// Counts the caller as waiting for a request while `wait` lasts.
+    pub fn waiting<T>(&self, wait: impl FnOnce() -> T) -> T {
+        self.waiting.fetch_add(1, Ordering::Relaxed);
+        let result = wait();
+        self.waiting.fetch_sub(1, Ordering::Relaxed);
+        result
+    }
+
+    /// Wakes a sleeper, if there is one that was not called yet.
+    pub fn call(&self) {
+        let mut sleepers = self.sleepers.lock();
+        if sleepers.asleep > sleepers.calls {
+            sleepers.calls += 1;
+            self.called.notify_one();
+        }
+    }
+
+    /// Sleeps until called; says whether the session goes on.
+    pub fn sleep(&self) -> bool {
+        let mut sleepers = self.sleepers.lock();
+        sleepers.asleep += 1;
+        while sleepers.calls == 0 && !sleepers.ended {
+            self.called.wait(&mut sleepers);
+        }
+        sleepers.asleep -= 1;
+        sleepers.calls = sleepers.calls.saturating_sub(1);
+        !sleepers.ended
+    }
+
+    /// Has all sleepers wake, and the watch end.
+    pub fn end(&self) {
+        self.sleepers.lock().ended = true;
+        self.called.notify_all();
+        self.watch_called.notify_all();
+    }
+
+    /// Notes that a request came, and wakes the watch if it sleeps.
+    pub fn note_request(&self) {
+        // Looked at first: a store to a line that every thread shares costs more than a load.
+        if self.active.load(Ordering::Relaxed) {
+            return;
+        }
+        // In one order with the watch: it falls asleep first and looks at `active` then.
+        self.active.store(true, Ordering::SeqCst);
+        if self.watch_sleeps.load(Ordering::SeqCst) {
+            let _held = self.sleepers.lock();
+            self.watch_called.notify_one();
+        }
+    }
+
+    /// The watch: looks until the session has ended. `on_idle` is called whenever it falls asleep.
+    pub fn watch(&self, on_idle: impl Fn()) {
+        let mut idle = 0;
+        let mut sleepers = self.sleepers.lock();
+        while !sleepers.ended {
+            if idle < IDLE_LOOKS {
+                self.watch_called.wait_for(&mut sleepers, WATCH);
+            } else {
+                self.watch_sleeps.store(true, Ordering::SeqCst);
+                if !self.active.load(Ordering::SeqCst) {
+                    on_idle();
+                    self.watch_called.wait(&mut sleepers);
+                }
+                self.watch_sleeps.store(false, Ordering::SeqCst);
+            }
+            let nobody = self.waiting.load(Ordering::Relaxed) == 0;
+            idle = if self.active.swap(false, Ordering::SeqCst) || nobody { 0 } else { idle + 1 };
+            if nobody && sleepers.asleep > sleepers.calls {
+                sleepers.calls += 1;
+                self.called.notify_one();
+            }
+        }
+    }
+}
+
+/// One of the crew, as the requests see it that it does.
+#[derive(Debug)]
+pub struct Hand<'a> {
+    crew: &'a Crew,
+    was_away: Cell<bool>,
+}
+
+impl<'a> Hand<'a> {
+    /// One of `crew`.
+    pub fn of(crew: &'a Crew) -> Self {
+        Self { crew, was_away: Cell::new(false) }
+    }
+
+    /// Lets this thread wait for the host's disk, for the sake of the file with the inode number `file`, until what is
+    /// returned is dropped. `None` if too many are away already, half of them at most for one file: then a thread of a
+    /// lane must do it.
+    pub fn leave(&self, file: u64) -> Option<Away<'a>> {
+        let crew = self.crew;
+        {
+            let mut away = crew.away.lock();
+            let of_file = away.get(&file).copied().unwrap_or(0);
+            let count = crew.away_count.load(Ordering::Relaxed);
+            if of_file >= crew.away_max / 2 || count >= crew.away_max {
+                return None;
+            }
+            away.insert(file, of_file + 1);
+            crew.away_count.store(count + 1, Ordering::Relaxed);
+        }
+        // One that waits and is about to get a request looks for itself when it leaves.
+        if crew.waiting.load(Ordering::Relaxed) == 0 {
+            crew.call();
+        }
+        self.was_away.set(true);
+        Some(Away { crew, file })
+    }
+
+    /// Whether it is to wait for a request though there may be none, rather than sleep: if nobody else waits, or if it
+    /// comes from the host's disk and fewer wait than are away. Asked after each request.
+    pub fn stays(&self) -> bool {
+        let waiting = self.crew.waiting.load(Ordering::Relaxed);
+        // One more than need be, for those that will wait in turns where one request after the other goes to the disk.
+        let wanted = (self.crew.away_count.load(Ordering::Relaxed) + 2).min(WAITING_MAX);
+        self.was_away.take() && waiting < wanted || waiting == 0
+    }
+}
+
+/// The leave of a thread that waits for the host's disk.
+#[derive(Debug)]
+pub struct Away<'a> {
+    crew: &'a Crew,
+    file: u64,
+}
+
+impl Drop for Away<'_> {
+    fn drop(&mut self) {
+        let mut away = self.crew.away.lock();
+        self.crew.away_count.fetch_sub(1, Ordering::Relaxed);
+        match away.get_mut(&self.file) {
+            Some(of_file) if *of_file > 1 => *of_file -= 1,
+            _ => drop(away.remove(&self.file)),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn one_file_has_at_most_half_of_those_that_may_be_away() {
+        let crew = Crew::new(11);
+        let hand = Hand::of(&crew);
+        let of_one: Vec<_> = (0..4).map(|_| hand.leave(1).unwrap()).collect();
+        assert!(hand.leave(1).is_none());
+        let of_others: Vec<_> = (2..6).map(|file| hand.leave(file).unwrap()).collect();
+        assert!(hand.leave(6).is_none(), "three stay");
+        drop(of_others);
+        assert!(hand.leave(1).is_none());
+        drop(of_one);
+        drop(hand.leave(1).unwrap());
+        assert!(crew.away.lock().is_empty());
+    }
+
+    #[test]
+    fn the_only_one_never_leaves() {
+        assert!(Hand::of(&Crew::new(1)).leave(1).is_none());
+    }
+
+    /// Whoever leaves when nobody waits for requests calls one that sleeps.
+    #[test]
+    fn leaving_calls_a_sleeper_if_nobody_waits() {
+        let crew = Crew::new(8);
+        std::thread::scope(|scope| {
+            let sleeper = scope.spawn(|| crew.sleep());
+            while crew.sleepers.lock().asleep == 0 {
+                std::thread::yield_now();
+            }
+            crew.waiting(|| drop(Hand::of(&crew).leave(1)));
+            assert!(!sleeper.is_finished());
+            assert_eq!(crew.sleepers.lock().calls, 0);
+            drop(Hand::of(&crew).leave(1));
+            assert!(sleeper.join().unwrap(), "the session goes on");
+        });
+    }
+
+    #[test]
+    fn who_comes_from_the_disk_waits_if_fewer_do_than_are_away_and_others_only_if_nobody_does() {
+        let crew = Crew::new(48);
+        let hand = Hand::of(&crew);
+        assert!(hand.stays());
+        crew.waiting(|| {
+            assert!(!hand.stays());
+            drop(hand.leave(1).unwrap());
+            assert!(hand.stays());
+            assert!(!hand.stays(), "once");
+            drop(hand.leave(1).unwrap());
+            crew.waiting(|| assert!(!hand.stays()));
+            let _others: Vec<_> = (0..7).map(|_| Hand::of(&crew).leave(2).unwrap()).collect();
+            drop(hand.leave(1).unwrap());
+            crew.waiting(|| assert!(hand.stays()));
+        });
+        let _others: Vec<_> = (0..15).map(|_| Hand::of(&crew).leave(2).unwrap()).collect();
+        crew.waiting.store(WAITING_MAX, Ordering::Relaxed);
+        drop(hand.leave(1).unwrap());
+        assert!(!hand.stays());
+    }
+}

@@ -116,7 +116,13 @@ struct Enumeration<'a> {
     sample: u64,
 }
 
-impl Enumeration<'_> {
+impl<'a> Enumeration<'a> {
+    /// One that counts the states it has tried, one in `sample`, in `states`, and those of them that were cut twice in `twice`.
+    fn new(states: &'a AtomicU64, twice: &'a AtomicU64, sample: u64) -> Self {
+        let sources = tempfile::tempdir_in("/dev/shm").expect("a folder in memory");
+        Self { boots: Boots::new(), sources, states, twice, rng: Rng(0), sample }
+    }
+
     fn script(&mut self, seed: u64) {
         self.rng = Rng(seed);
         let ops = random_script(&mut self.rng);
@@ -325,21 +331,15 @@ fn every_state_that_a_power_cut_leaves_of_a_store_has_each_change_done_or_not_be
         _ => 1,
     };
     let (states, twice, scripts) = (AtomicU64::new(0), AtomicU64::new(0), AtomicU64::new(0));
+    let sample = match wanted {
+        None => SAMPLE,
+        Some(1) => 1,
+        Some(_) => SAMPLE_LONG,
+    };
     std::thread::scope(|scope| {
         for _ in 0..threads {
             scope.spawn(|| {
-                let mut enumeration = Enumeration {
-                    boots: Boots::new(),
-                    sources: tempfile::tempdir_in("/dev/shm").expect("a folder in memory"),
-                    states: &states,
-                    twice: &twice,
-                    rng: Rng(0),
-                    sample: match wanted {
-                        None => SAMPLE,
-                        Some(1) => 1,
-                        Some(_) => SAMPLE_LONG,
-                    },
-                };
+                let mut enumeration = Enumeration::new(&states, &twice, sample);
                 while states.load(Ordering::Relaxed) < states_wanted {
                     enumeration.script(seed + scripts.fetch_add(1, Ordering::Relaxed));
                 }
@@ -359,14 +359,8 @@ fn every_state_that_a_power_cut_leaves_of_a_store_has_each_change_done_or_not_be
 fn what_builds_upon_the_unfinished_work_of_a_dead_process_survives_a_power_cut() {
     let (states, twice) = (AtomicU64::new(0), AtomicU64::new(0));
     let _alone = PROGRAMS.write();
-    let mut enumeration = Enumeration {
-        boots: Boots::new(),
-        sources: tempfile::tempdir_in("/dev/shm").expect("a folder in memory"),
-        states: &states,
-        twice: &twice,
-        rng: Rng(0),
-        sample: if number_from("COWDISK_CRASH_STATES").is_some() { 1 } else { 3 },
-    };
+    let mut enumeration =
+        Enumeration::new(&states, &twice, if number_from("COWDISK_CRASH_STATES").is_some() { 1 } else { 3 });
     let mut deaths_died = 0;
     for (first, then) in deaths() {
         let died = (0..).take_while(|after| enumeration.death(&first, &then, *after)).count();

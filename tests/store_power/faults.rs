@@ -8,7 +8,6 @@ use cowdisk::ErrorKind;
 use cowdisk::store::DiskName;
 use rustix::io::Errno;
 
-use crate::common::boot::Boots;
 use crate::common::host::{Event, Fate};
 use crate::common::sim::Rng;
 use crate::oracle::{Mark, Oracle};
@@ -136,14 +135,7 @@ fn kind_of(errno: Errno) -> ErrorKind {
 fn every_failing_operation_of_the_host_leaves_each_change_of_a_store_done_or_not_begun() {
     let (states, twice) = (AtomicU64::new(0), AtomicU64::new(0));
     let _alone = PROGRAMS.write();
-    let mut enumeration = Enumeration {
-        boots: Boots::new(),
-        sources: tempfile::tempdir_in("/dev/shm").expect("a folder in memory"),
-        states: &states,
-        twice: &twice,
-        rng: Rng(0),
-        sample: 1,
-    };
+    let mut enumeration = Enumeration::new(&states, &twice, 1);
     let sample = if number_from("COWDISK_CRASH_STATES").is_some() { 1 } else { SAMPLE };
     let (mut failures, mut told) = (0, 0);
     for errno in [Errno::IO, Errno::NOSPC] {

@@ -46,6 +46,16 @@ fn name(text: &str) -> ObjectName {
 }
 
 /// 1 MiB: data, a hole's worth of zeroes, data.
+/// Imports the image `debian` with a kernel, which it names.
+fn import_with_kernel(t: &TestStore) -> BootFileId {
+    let request = ImportRequest {
+        source: t.file("source.img", &image_bytes()),
+        kernel: Some(t.file("vmlinuz", b"a kernel")),
+        ..ImportRequest::default()
+    };
+    t.store.import_image(&name("debian"), &request, &NoProgress).unwrap().kernel.unwrap()
+}
+
 fn image_bytes() -> Vec<u8> {
     let mut bytes = vec![0; 1 << 20];
     bytes[..5000].fill(0x11);

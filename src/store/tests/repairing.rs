@@ -8,12 +8,7 @@ use crate::finding::Severity;
 #[test]
 fn damaged_attributes_of_a_kernel_are_found_and_forgotten() {
     let t = empty_store();
-    let request = ImportRequest {
-        source: t.file("source.img", &image_bytes()),
-        kernel: Some(t.file("vmlinuz", b"a kernel")),
-        ..ImportRequest::default()
-    };
-    let id = t.store.import_image(&name("debian"), &request, &NoProgress).unwrap().kernel.unwrap();
+    let id = import_with_kernel(&t);
     let attributes = format!("attrs/boot-{id}.json");
     put(&t.path(&attributes), b"{");
     let finding = only(&check(&t), "attributes", Severity::Warning);

@@ -87,12 +87,7 @@ fn a_base_that_only_looks_changed_is_not_accepted_without_being_asked() {
 #[test]
 fn a_rotten_kernel_is_named_with_its_users() {
     let t = empty_store();
-    let request = ImportRequest {
-        source: t.file("source.img", &image_bytes()),
-        kernel: Some(t.file("vmlinuz", b"a kernel")),
-        ..ImportRequest::default()
-    };
-    let id = t.store.import_image(&name("debian"), &request, &NoProgress).unwrap().kernel.unwrap();
+    let id = import_with_kernel(&t);
     let report = scrub(&t);
     assert_eq!((report.check.findings.len(), report.boot_files_read), (0, 1));
     let path = t.path(&format!("boot/{id}"));

@@ -29,7 +29,7 @@ const HOMES: [(&str, &[&str]); 14] = [
     ("clap_complete", &["cli"]),
     ("quick_xml", &["libvirt"]),
     ("indicatif", &["cli"]),
-    ("memmap2", &["overlay/live_map.rs", "transport/dev_fuse/buffers.rs"]),
+    ("memmap2", &["overlay/live_map.rs", "storage/aio.rs", "transport/dev_fuse/buffers.rs"]),
     ("blake3", &["format", "store"]),
     ("rayon", &["store"]),
     ("seccompiler", &["daemon/seccomp.rs"]),
@@ -39,7 +39,8 @@ const HOMES: [(&str, &[&str]); 14] = [
     ("zerocopy", &["transport/dev_fuse"]),
 ];
 
-const UNSAFE_HOMES: [&str; 6] = [
+const UNSAFE_HOMES: [&str; 7] = [
+    "storage/aio.rs",
     "storage/extents.rs",
     "storage/io_priority.rs",
     "overlay/live_map.rs",

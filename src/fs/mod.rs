@@ -21,6 +21,7 @@ mod ledger;
 mod metadata;
 mod open_disks;
 mod open_file;
+mod placed;
 mod tree;
 
 use std::ffi::OsStr;
@@ -35,6 +36,7 @@ pub use handles::HandleId;
 pub use ledger::{AGREED_BYTES, Ledger};
 pub use open_disks::{DiskFigures, DiskState};
 pub use open_file::OpenMode;
+pub use placed::Placed;
 pub use tree::Entry;
 
 use adoption::Numbers;

@@ -237,7 +237,7 @@ impl OpenDisks {
     }
 
     /// Lets go of a disk: whoever is the last to do so closes it.
-    fn put(&self, disk: Arc<OpenDisk>) -> Result<()> {
+    pub(super) fn put(&self, disk: Arc<OpenDisk>) -> Result<()> {
         let Some(last) = Arc::into_inner(disk) else { return Ok(()) };
         let closing = InChange { disks: self, key: last.key };
         self.closed.lock().add(last.disk.commit_counts());

@@ -35,7 +35,8 @@ use commit::Commits;
 
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::format::{BaseRef, BlockState, LayerId, Superblock};
-use crate::storage::{Latch, Room, Storage, Way};
+use crate::storage::aio::Transfer;
+use crate::storage::{DirectFile, Latch, Room, Storage, Way};
 use crate::units::{BlockSpan, Geometry};
 
 /// Page of the cache of most hosts, in bytes.
@@ -224,6 +225,27 @@ impl Overlay {
         }
         let first = self.blocks.map().extent(span.start, span.end);
         first.state == BlockState::Data && first.span == span
+    }
+
+    /// Where in the file of [`Overlay::direct_file`] a direct read or write of `len` bytes at `offset` goes, if that is all that
+    /// there is to it: if all of it lies in blocks of state `Data`.
+    pub fn place(&self, transfer: Transfer, offset: u64, len: u64) -> Option<u64> {
+        if transfer == Transfer::Write {
+            self.latch.check().ok()?;
+        }
+        let geometry = self.geometry();
+        geometry.check_range(offset, len).ok()?;
+        let span = geometry.span_touched(offset, len);
+        if span.is_empty() {
+            return None;
+        }
+        let first = self.blocks.map().extent(span.start, span.end);
+        (first.state == BlockState::Data && first.span == span).then(|| geometry.data_offset(offset))
+    }
+
+    /// See [`Storage::direct_file`].
+    pub fn direct_file(&self) -> Option<DirectFile<'_>> {
+        self.blocks.data().direct_file()
     }
 
     /// [`Overlay::write_at`] by `way`. Blocks that are written for the first time travel through the host's cache all the same.

@@ -61,6 +61,14 @@ pub fn is_in_memory(file: &File) -> bool {
     rustix::fs::fstatfs(file).is_ok_and(|stat| matches!(u64::try_from(stat.f_type), Ok(TMPFS | RAMFS)))
 }
 
+/// Whether a file lies in a file system of which a request under way keeps the locks of its open file: not on a network.
+pub fn is_on_local_disk(file: &File) -> bool {
+    const EXT4: u64 = 0xef53;
+    const XFS: u64 = 0x5846_5342;
+    const BTRFS: u64 = 0x9123_683e;
+    rustix::fs::fstatfs(file).is_ok_and(|stat| matches!(u64::try_from(stat.f_type), Ok(EXT4 | XFS | BTRFS)))
+}
+
 #[cfg(test)]
 mod tests {
     use std::os::unix::fs::FileExt;

@@ -9,9 +9,10 @@ use std::sync::Arc;
 use rustix::fs::SeekFrom;
 use rustix::io::Errno;
 
-use super::cached::{CachedReads, Found, is_in_memory};
+use super::aio::{self, Gate};
+use super::cached::{CachedReads, Found, is_in_memory, is_on_local_disk};
 use super::host::{Host, RealHost};
-use super::{Storage, Way, ends_early, extents};
+use super::{DirectFile, Storage, Way, ends_early, extents};
 use crate::error::{Context, Error, Result};
 
 /// A regular file (or, for what only reads, a block device) of the host. Its position is never used, so threads may
@@ -22,6 +23,8 @@ pub struct FileStorage {
     file: File,
     /// The same file, opened so that reads and writes go past the host's cache.
     direct: Option<File>,
+    /// There if others may put requests to `direct`.
+    gate: Option<Box<Gate>>,
     cached: CachedReads,
     name: String,
 }
@@ -34,7 +37,7 @@ impl FileStorage {
 
     /// Takes `file`, and changes it through `host`.
     pub fn on(host: Arc<dyn Host>, file: File, name: impl Into<String>) -> Self {
-        Self { host, file, direct: None, cached: CachedReads::default(), name: name.into() }
+        Self { host, file, direct: None, gate: None, cached: CachedReads::default(), name: name.into() }
     }
 
     /// Has [`Way::Direct`] go by `direct`, which was opened with O_DIRECT. Another file than this one is not taken.
@@ -46,7 +49,10 @@ impl FileStorage {
         };
         // A file system in memory takes O_DIRECT and has nothing to go past.
         let direct = direct.filter(|direct| same(direct) && !is_in_memory(&self.file));
-        Self { direct, ..self }
+        let asynchronous = direct.as_ref().is_some_and(|direct| {
+            self.host.may_be_bypassed() && is_on_local_disk(direct) && aio::hold(direct).is_ok()
+        });
+        Self { direct, gate: asynchronous.then(Box::default), ..self }
     }
 
     /// The file itself, for what only reads: metadata, locks, other ways of reading.
@@ -129,6 +135,10 @@ impl Storage for FileStorage {
         self.direct.is_some()
     }
 
+    fn direct_file(&self) -> Option<DirectFile<'_>> {
+        Some(DirectFile { file: self.direct.as_ref()?.as_fd(), gate: self.gate.as_deref()? })
+    }
+
     fn read_by(&self, way: Way, offset: u64, buf: &mut [u8]) -> Result<()> {
         if let (Way::Direct, Some(direct)) = (way, &self.direct)
             && rustix::io::retry_on_intr(|| rustix::io::pread(direct, &mut *buf, offset)) == Ok(buf.len())
@@ -159,8 +169,10 @@ impl Storage for FileStorage {
     }
 
     fn write_at(&self, offset: u64, buf: &[u8]) -> Result<()> {
-        self.host
-            .write_at(self.as_fd(), offset, buf)
+        let write = || self.host.write_at(self.as_fd(), offset, buf);
+        self.gate
+            .as_ref()
+            .map_or_else(write, |gate| gate.cached(write))
             .context(|| format!("write {} bytes at {offset} of {}", buf.len(), self.name))
     }
 

@@ -29,6 +29,12 @@ use rustix::io::{Errno, ReadWriteFlags, Result, retry_on_intr};
 /// A change of names is durable once its folder is synced, a change of a file once the file is; until then a crash may
 /// lose any of them, in any order. A rename is atomic.
 pub trait Host: Send + Sync + Debug {
+    /// Whether overwrites of a disk's data may be put to the kernel beside this host ([`super::aio`]). No for one that has to
+    /// see each change.
+    fn may_be_bypassed(&self) -> bool {
+        false
+    }
+
     /// Makes an empty folder.
     ///
     /// # Errors
@@ -100,6 +106,10 @@ pub trait Host: Send + Sync + Debug {
 pub struct RealHost;
 
 impl Host for RealHost {
+    fn may_be_bypassed(&self) -> bool {
+        true
+    }
+
     fn make_dir(&self, dir: BorrowedFd<'_>, name: &OsStr, mode: u32) -> Result<()> {
         rustix::fs::mkdirat(dir, name, Mode::from_raw_mode(mode))
     }

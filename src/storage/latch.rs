@@ -8,7 +8,7 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use super::{Storage, Way};
+use super::{DirectFile, Storage, Way};
 use crate::error::{Error, ErrorKind, Result};
 
 /// Shared by all storages of one overlay: once closed, none of them writes.
@@ -82,6 +82,10 @@ impl Storage for LatchedStorage {
 
     fn read_exact_at(&self, offset: u64, buf: &mut [u8]) -> Result<()> {
         self.inner.read_exact_at(offset, buf)
+    }
+
+    fn direct_file(&self) -> Option<DirectFile<'_>> {
+        self.inner.direct_file()
     }
 
     fn goes_direct(&self) -> bool {

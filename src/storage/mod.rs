@@ -5,6 +5,7 @@
 //! lost or torn at 512 bytes until a later [`Storage::sync`] of the same storage has returned; writes that are not
 //! synced reach the disk in any order.
 
+pub mod aio;
 mod cached;
 mod extents;
 mod file;
@@ -15,6 +16,7 @@ mod mem;
 mod room;
 
 use std::fmt::Debug;
+use std::os::fd::BorrowedFd;
 
 use crate::error::{Error, ErrorKind, Result};
 
@@ -24,6 +26,15 @@ pub use io_priority::{IoPriority, Urgency};
 pub use latch::{Latch, LatchedStorage};
 pub use mem::MemStorage;
 pub use room::{HostSpace, Room, Taken};
+
+/// See [`Storage::direct_file`].
+#[derive(Clone, Copy, Debug)]
+pub struct DirectFile<'a> {
+    /// Opened with O_DIRECT.
+    pub file: BorrowedFd<'a>,
+    /// What keeps writes through the host's cache away from those under way.
+    pub gate: &'a aio::Gate,
+}
 
 /// How bytes travel between memory and the host's disk.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -63,6 +74,12 @@ pub trait Storage: Send + Sync + Debug {
     /// Whether [`Way::Direct`] goes past the host's cache, so that every request waits for the host's disk.
     fn goes_direct(&self) -> bool {
         false
+    }
+
+    /// The file by which [`Way::Direct`] goes, if requests may be put to it without a thread that waits for them
+    /// ([`aio`]): it is [held](aio::hold), and nobody has to see each change. A write passes its gate.
+    fn direct_file(&self) -> Option<DirectFile<'_>> {
+        None
     }
 
     /// [`Storage::read_exact_at`] by `way`.

@@ -15,7 +15,8 @@ use super::plain::PlainDisk;
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::format::{BaseRef, LayerId};
 use crate::overlay::{BaseImage, CommitCounts, LayerFiles, Overlay, live_map_name, read_superblock};
-use crate::storage::{FileStorage, Way};
+use crate::storage::aio::{Transfer, wait_until_landed};
+use crate::storage::{DirectFile, FileStorage, Way};
 
 /// How often the lock of a disk is tried: a check takes it for an instant to see whether it is free.
 const LOCK_ATTEMPTS: u32 = 10;
@@ -102,6 +103,16 @@ impl Disk {
             Kind::Overlay(overlay) => overlay.writes_to_memory(way, offset, len),
             Kind::Plain(plain) => plain.writes_to_memory(way),
         }
+    }
+
+    /// See [`Overlay::place`].
+    pub fn place(&self, transfer: Transfer, offset: u64, len: u64) -> Option<u64> {
+        both!(self, disk => disk.place(transfer, offset, len))
+    }
+
+    /// See [`Overlay::direct_file`].
+    pub fn direct_file(&self) -> Option<DirectFile<'_>> {
+        both!(self, disk => disk.direct_file())
     }
 
     /// See [`Overlay::write_by`].
@@ -361,7 +372,7 @@ impl Store {
         })
     }
 
-    /// Opens the file that carries a disk's lock, and takes it.
+    /// Opens the file that carries a disk's lock, and takes it. Nothing of who had it before is under way then.
     fn lock_disk(&self, folder: &Dir, instance: &ObjectName, disk: DiskName, part: DiskPart) -> Result<File> {
         let file = folder.open_file(disk_file(disk, part), Access::ReadWrite).map_err(|error| match error
             .kind()
@@ -387,6 +398,15 @@ impl Store {
         if self.is_kept_by_daemon(instance, disk)? {
             return Err(self.busy_disk(instance, disk));
         }
+        let landed = match part {
+            DiskPart::Map => match folder.open_file(disk_file(disk, DiskPart::Data), Access::ReadWrite) {
+                Ok(data) => wait_until_landed(&data),
+                // Whoever needs it says so.
+                Err(_) => Ok(()),
+            },
+            _ => wait_until_landed(&file),
+        };
+        landed.context(|| format!("wait for writes to {instance}/{disk} of a process that has died"))?;
         Ok(file)
     }
 

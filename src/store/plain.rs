@@ -6,7 +6,8 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use parking_lot::Mutex;
 
 use crate::error::{Context, Error, ErrorKind, Result};
-use crate::storage::{Latch, LatchedStorage, Room, Storage, Taken, Way};
+use crate::storage::aio::Transfer;
+use crate::storage::{DirectFile, Latch, LatchedStorage, Room, Storage, Taken, Way};
 use crate::units::check_disk_bytes;
 
 /// Bytes that a host filesystem gives to a file at least.
@@ -110,6 +111,17 @@ impl PlainDisk {
             return Ok(false);
         }
         self.storage.read_now(offset, buf)
+    }
+
+    /// See [`crate::overlay::Overlay::place`]; a write may need room, of which the host alone knows.
+    pub fn place(&self, transfer: Transfer, offset: u64, len: u64) -> Option<u64> {
+        self.check_range(offset, len).ok()?;
+        (transfer == Transfer::Read && len > 0).then_some(offset)
+    }
+
+    /// See [`Storage::direct_file`].
+    pub fn direct_file(&self) -> Option<DirectFile<'_>> {
+        self.storage.direct_file()
     }
 
     /// See [`crate::overlay::Overlay::writes_to_memory`]; here the host alone knows what is an overwrite.

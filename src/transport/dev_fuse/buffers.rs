@@ -17,6 +17,7 @@ const PAYLOAD_BYTES: usize = {
 
 /// Memory for one request, placed so that the payload of a WRITE is aligned to a page: it then goes past the host's cache
 /// from where it is. A mapping of its own, so that it goes back to the host with its owner.
+#[derive(Debug)]
 pub struct RequestBuffer(MmapMut);
 
 impl RequestBuffer {
@@ -37,46 +38,89 @@ impl RequestBuffer {
     pub fn payload(&self, len: usize) -> &[u8] {
         &self.0[PAGE..][..len]
     }
+
+    /// The same, to change.
+    pub fn payload_mut(&mut self, len: usize) -> &mut [u8] {
+        &mut self.0[PAGE..][..len]
+    }
 }
 
-/// Buffers that take the place of those whose payload is still being written.
+/// Longest payload that a [`SmallBuffer`] holds, in bytes.
+pub const SMALL_BYTES: usize = 16 << 10;
+
+/// Memory for a payload of at most [`SMALL_BYTES`], aligned to a page.
 #[derive(Debug)]
-pub struct SpareBuffers {
-    /// Guards the buffers that nobody uses, and how many more may be made; held for an instant.
-    spare: Mutex<Spare>,
+pub struct SmallBuffer(MmapMut);
+
+impl SmallBuffer {
+    /// The first `len` bytes.
+    pub fn bytes(&mut self, len: usize) -> &mut [u8] {
+        &mut self.0[..len]
+    }
 }
 
-struct Spare {
-    buffers: Vec<RequestBuffer>,
+/// Memory that is made when it is needed, and used again.
+pub trait Buffer {
+    /// A new one.
+    fn make() -> Self;
+}
+
+impl Buffer for RequestBuffer {
+    fn make() -> Self {
+        Self::new()
+    }
+}
+
+impl Buffer for SmallBuffer {
+    fn make() -> Self {
+        Self(MmapMut::map_anon(SMALL_BYTES).expect("16 KiB of memory, as for any allocation"))
+    }
+}
+
+/// Buffers for what is under way.
+#[derive(Debug)]
+pub struct Spares<B> {
+    /// Guards the buffers that nobody uses, and how many more may be made; held for an instant.
+    spare: Mutex<Spare<B>>,
+}
+
+struct Spare<B> {
+    buffers: Vec<B>,
     /// How many were not made yet.
     unmade: usize,
 }
 
-impl std::fmt::Debug for Spare {
+/// Buffers that take the place of those whose payload is still being written.
+pub type SpareBuffers = Spares<RequestBuffer>;
+
+/// Buffers for small payloads.
+pub type SmallBuffers = Spares<SmallBuffer>;
+
+impl<B> std::fmt::Debug for Spare<B> {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("Spare").field("buffers", &self.buffers.len()).field("unmade", &self.unmade).finish()
     }
 }
 
-impl SpareBuffers {
+impl<B: Buffer> Spares<B> {
     /// At most `count` buffers, made when they are needed.
     pub fn new(count: usize) -> Self {
         Self { spare: Mutex::new(Spare { buffers: Vec::new(), unmade: count }) }
     }
 
     /// A buffer that nobody uses; `None` if all are in use.
-    pub fn take(&self) -> Option<RequestBuffer> {
+    pub fn take(&self) -> Option<B> {
         let mut spare = self.spare.lock();
         if let Some(buffer) = spare.buffers.pop() {
             return Some(buffer);
         }
         spare.unmade = spare.unmade.checked_sub(1)?;
         drop(spare);
-        Some(RequestBuffer::new())
+        Some(B::make())
     }
 
     /// Gives a buffer back.
-    pub fn put(&self, buffer: RequestBuffer) {
+    pub fn put(&self, buffer: B) {
         self.spare.lock().buffers.push(buffer);
     }
 

@@ -183,6 +183,11 @@ impl<'a> Hand<'a> {
         Some(Away { crew, file })
     }
 
+    /// Whether others are away.
+    pub fn has_company(&self) -> bool {
+        self.crew.away_count.load(Ordering::Relaxed) > 0
+    }
+
     /// Whether it is to wait for a request though there may be none, rather than sleep: if nobody else waits, or if it
     /// comes from the host's disk and fewer wait than are away. Asked after each request.
     pub fn stays(&self) -> bool {

@@ -7,12 +7,12 @@
 //!
 //! A reader does itself what memory answers (reads of what the host has cached, overwrites through the host's cache, names
 //! and attributes) and, as long as enough others are there for that, reads, writes and syncs that wait for the host's disk.
-//! Beyond that, reads and writes go to the threads of the disk lane, with their buffers and without a copy; other requests
-//! that may wait for a sync go to those of the slow lane.
+//! Direct reads and overwrites of a disk's own data, where one is under way already, nobody waits for (`direct.rs`,
+//! `transfers.rs` has what they are). Beyond that, reads and writes go to the threads of the disk lane, with their buffers and
+//! without a copy; other requests that may wait for a sync go to those of the slow lane.
 //!
-//! These are threads and blocking calls, and no io_uring, for two reasons. A process that is killed has not ended before
-//! its blocking writes have, so none can land after a newer one of its successor; writes that a ring has in flight can. And
-//! the daemon's filter of system calls could not see what a ring does. 16 blocking threads reach the host's disk's own speed.
+//! A process that is killed has not ended before its blocking writes have, nor before its AIO has, and whoever opens a disk
+//! next waits for what may be left of that ([`crate::storage::aio`]): none can land after a newer one of its successor.
 //!
 //! A read that was put off finds the map of *then*. Of a block that was written in between it shows the new bytes or, if
 //! the write has not been answered yet, either: just what a read that arrived then would show.
@@ -23,10 +23,12 @@ mod channel;
 mod connection;
 mod control;
 mod crew;
+mod direct;
 mod init;
 mod readers;
 pub mod request;
 mod serve;
+mod transfers;
 pub mod wire;
 
 use std::sync::Arc;
@@ -60,7 +62,7 @@ impl DevFuseSession {
     /// Those of the host.
     pub fn start(connection: Connection, fs: Arc<Fs>, threads: usize, resend: bool) -> Result<Self> {
         let server =
-            Arc::new(Server::new(fs, SlowLane::start(SLOW_THREADS)?, SlowLane::start(DISK_THREADS)?));
+            Arc::new(Server::new(fs, SlowLane::start(SLOW_THREADS)?, SlowLane::start(DISK_THREADS)?)?);
         if resend {
             connection.resend()?;
         }

@@ -60,7 +60,10 @@ impl Readers {
         }
         if threads > 1 {
             let watch = move || {
-                crew.watch(|| buffers.discard());
+                crew.watch(|| {
+                    buffers.discard();
+                    server.shrink();
+                });
                 Ok(())
             };
             start("fuse-watch".to_owned(), Box::new(watch))?;

@@ -9,14 +9,15 @@ use super::buffers::{RequestBuffer, SpareBuffers};
 use super::channel::{Channel, Reply};
 use super::connection::request_id;
 use super::crew::Hand;
-use super::init::REQUEST_BYTES_MAX;
+use super::direct::DirectLane;
 use super::request::{Malformed, Operation, Request, forgets, parse};
+use super::transfers::{Read, Write, done, respond};
 use super::wire::{
     FallocateIn, GetxattrOut, IoctlIn, IoctlOut, LseekIn, LseekOut, OpenIn, OpenOut, ReadIn, ReleaseIn,
-    SetattrIn, WRITE_CACHE, WriteIn, WriteOut, open_flag,
+    SetattrIn, WriteIn, open_flag,
 };
+use crate::error::Result;
 use crate::fs::{Errno, Fs, HandleId, NumberedEntry, OpenMode, Outcome, RequestId};
-use crate::storage::Way;
 use crate::transport::about::{About, guarded};
 use crate::transport::scratch::with_buffer;
 use crate::transport::slow_lane::SlowLane;
@@ -33,79 +34,31 @@ const WRITES_UNDER_WAY: usize = 32;
 #[derive(Debug)]
 pub struct Server {
     fs: Arc<Fs>,
+    /// Direct reads and writes that no thread waits for. Ends before the disk lane does, to which it hands what must wait.
+    direct: DirectLane,
     /// Reads and writes that wait for the host's disk. Ends before the slow lane does, to which it hands syncs.
-    disk: SlowLane,
+    disk: Arc<SlowLane>,
     /// What may wait for a sync.
     slow: Arc<SlowLane>,
     spare: Arc<SpareBuffers>,
 }
 
-/// A write, but for its bytes.
-#[derive(Clone, Copy)]
-struct Write {
-    ino: u64,
-    handle: HandleId,
-    offset: u64,
-    len: u32,
-    /// It must be aligned, as the file was opened with O_DIRECT.
-    direct: bool,
-    way: Way,
-    /// It is to be durable when it is answered.
-    durable: bool,
-}
-
-impl Write {
-    fn execute(&self, fs: &Fs, buffer: &RequestBuffer) -> Outcome<()> {
-        let payload = buffer.payload(usize::try_from(self.len).expect("no longer than the request was"));
-        fs.write(self.handle, self.offset, payload, self.direct, self.way)
-    }
-
-    /// Writes, makes it durable if it is to be, and answers, in this thread.
-    fn complete(self, reply: Reply, fs: &Fs, buffer: &RequestBuffer) {
-        let outcome = guarded(|| self.execute(fs, buffer));
-        let outcome =
-            outcome.and_then(|()| if self.durable { guarded(|| fs.sync(self.handle)) } else { Ok(()) });
-        respond(reply, self.about(), outcome, |reply, ()| self.done(reply));
-    }
-
-    /// Answers, at once or after a sync that a thread of `slow` waits for.
-    fn finish(self, reply: Reply, outcome: Outcome<()>, fs: &Arc<Fs>, slow: &SlowLane) {
-        if !self.durable || outcome.is_err() {
-            return respond(reply, self.about(), outcome, |reply, ()| self.done(reply));
-        }
-        let fs = Arc::clone(fs);
-        slow.run(self.ino, move || {
-            let outcome = guarded(|| fs.sync(self.handle));
-            respond(reply, self.about(), outcome, |reply, ()| self.done(reply));
-        });
-    }
-
-    fn about(&self) -> About {
-        About::range("write", self.ino, self.offset, self.len.into())
-    }
-
-    fn done(&self, reply: Reply) {
-        reply.answer(&[WriteOut { size: self.len, padding: 0 }.as_bytes()]);
-    }
-}
-
-/// Answers with what `send` makes of an outcome, or with its errno.
-fn respond<T>(reply: Reply, about: About, outcome: Outcome<T>, send: impl FnOnce(Reply, T)) {
-    match outcome {
-        Ok(value) => send(reply, value),
-        Err(failure) => reply.refuse(about.failed(&failure)),
-    }
-}
-
-fn done(reply: Reply, (): ()) {
-    reply.answer(&[]);
-}
-
 impl Server {
     /// A server of `fs`, with threads in `slow` for what may wait for a sync, and in `disk` for reads and writes that wait
     /// for the host's disk.
-    pub fn new(fs: Arc<Fs>, slow: SlowLane, disk: SlowLane) -> Self {
-        Self { fs, disk, slow: Arc::new(slow), spare: Arc::new(SpareBuffers::new(WRITES_UNDER_WAY)) }
+    ///
+    /// # Errors
+    /// If the host refuses a thread.
+    pub fn new(fs: Arc<Fs>, slow: SlowLane, disk: SlowLane) -> Result<Self> {
+        let (disk, spare) = (Arc::new(disk), Arc::new(SpareBuffers::new(WRITES_UNDER_WAY)));
+        let direct = DirectLane::start(Arc::clone(&fs), Arc::clone(&disk), Arc::clone(&spare))?;
+        Ok(Self { fs, direct, disk, slow: Arc::new(slow), spare })
+    }
+
+    /// Gives memory that nobody uses back to the host.
+    pub fn shrink(&self) {
+        self.spare.discard();
+        self.direct.shrink();
     }
 
     /// Does the request that is the first `count` bytes of `buffer`, and answers it to `channel`, now or later. The calling
@@ -142,57 +95,57 @@ impl Server {
     }
 
     fn read(&self, hand: &Hand<'_>, channel: &Arc<Channel>, unique: u64, ino: u64, arguments: &ReadIn) {
+        let read = Read::of(ino, arguments);
         log::debug!("READ ino {ino} offset {} size {}", arguments.offset, arguments.size);
-        let ReadIn { offset, size, .. } = *arguments;
-        let (handle, direct) = (HandleId(arguments.fh), is_direct(arguments.flags));
-        let way = if direct { Way::Direct } else { Way::Cached };
-        let size = size.min(REQUEST_BYTES_MAX);
-        let about = About::range("read", ino, offset, size.into());
-        let read = move |fs: &Fs, reply: Reply, buffer: &mut [u8]| {
-            let outcome = guarded(|| fs.read(handle, offset, buffer, direct, way));
-            respond(reply, about, outcome, |reply, count: usize| reply.answer(&[&buffer[..count]]));
-        };
-        with_buffer(size, |buffer| {
-            match guarded(|| self.fs.read_now(handle, offset, buffer, direct, way)) {
+        with_buffer(read.len, |buffer| {
+            match guarded(|| read.now(&self.fs, buffer)) {
                 Ok(Some(count)) => return channel.answer(unique, &[&buffer[..count]]),
-                Err(failure) => return channel.refuse(unique, about.failed(&failure)),
+                Err(failure) => return channel.refuse(unique, read.about().failed(&failure)),
                 Ok(None) => {}
             }
-            let reply = Reply::new(Arc::clone(channel), unique);
+            let mut reply = Reply::new(Arc::clone(channel), unique);
+            if read.direct && self.has_company(hand) {
+                match self.direct.read(read, reply) {
+                    Ok(()) => return,
+                    Err(back) => reply = back,
+                }
+            }
             if let Some(_away) = hand.leave(ino) {
-                return read(&self.fs, reply, buffer);
+                return read.execute(reply, &self.fs, buffer);
             }
             let fs = Arc::clone(&self.fs);
-            self.disk.run(ino, move || with_buffer(size, |buffer| read(&fs, reply, buffer)));
+            self.disk.run(ino, move || with_buffer(read.len, |buffer| read.execute(reply, &fs, buffer)));
         });
+    }
+
+    /// Whether anything else waits for the host's disk. One request after the other is done soonest by the thread that has
+    /// read it.
+    fn has_company(&self, hand: &Hand<'_>) -> bool {
+        hand.has_company() || self.direct.is_busy()
     }
 
     /// Writes the payload in `buffer`.
     fn write(
         &self,
         hand: &Hand<'_>,
-        reply: Reply,
+        mut reply: Reply,
         ino: u64,
         arguments: &WriteIn,
         buffer: &mut RequestBuffer,
     ) {
+        let write = Write::of(ino, arguments);
         log::debug!("WRITE ino {ino} offset {} size {}", arguments.offset, arguments.size);
-        // A page of a mapping is written in the name of some open file, whose flags say nothing about it.
-        let direct = arguments.write_flags & WRITE_CACHE == 0 && is_direct(arguments.flags);
-        let write = Write {
-            ino,
-            handle: HandleId(arguments.fh),
-            offset: arguments.offset,
-            len: arguments.size,
-            direct,
-            way: if direct { Way::Direct } else { Way::Cached },
-            durable: arguments.flags.cast_signed() & libc::O_DSYNC != 0,
-        };
-        let now = self.fs.writes_to_memory(write.handle, write.offset, write.len.into(), write.way);
+        let now = self.fs.writes_to_memory(write.handle, write.offset, write.len.into(), write.way());
+        if write.direct && !write.durable && self.has_company(hand) {
+            match self.direct.write(write, reply, buffer) {
+                Ok(()) => return,
+                Err(back) => reply = back,
+            }
+        }
         if (!now || write.durable)
             && let Some(_away) = hand.leave(ino)
         {
-            return write.complete(reply, &self.fs, buffer);
+            return write.complete(reply, &self.fs, buffer.payload(write.bytes()));
         }
         match if now { None } else { self.spare.take() } {
             Some(spare) => {
@@ -200,13 +153,13 @@ impl Server {
                 let (fs, spare, slow) =
                     (Arc::clone(&self.fs), Arc::clone(&self.spare), Arc::clone(&self.slow));
                 self.disk.run(ino, move || {
-                    let outcome = guarded(|| write.execute(&fs, &buffer));
+                    let outcome = guarded(|| write.execute(&fs, buffer.payload(write.bytes())));
                     spare.put(buffer);
                     write.finish(reply, outcome, &fs, &slow);
                 });
             }
             None => {
-                let outcome = guarded(|| write.execute(&self.fs, buffer));
+                let outcome = guarded(|| write.execute(&self.fs, buffer.payload(write.bytes())));
                 write.finish(reply, outcome, &self.fs, &self.slow);
             }
         }
@@ -398,9 +351,4 @@ fn answer_xattr(reply: Reply, about: About, size: u32, outcome: Outcome<Vec<u8>>
         Ok(len) if len <= size => reply.answer(&[&value]),
         _ => reply.refuse(about.failed(&Errno::RANGE.into())),
     });
-}
-
-/// Whether whoever opened the file did so with O_DIRECT.
-fn is_direct(flags: u32) -> bool {
-    flags.cast_signed() & libc::O_DIRECT != 0
 }

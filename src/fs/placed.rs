@@ -1,0 +1,85 @@
+//! Direct requests that are one request to the host's disk, and that no thread has to wait for.
+
+use std::os::fd::BorrowedFd;
+use std::sync::Arc;
+
+use super::Fs;
+use super::counters::Operation;
+use super::errno::Outcome;
+use super::handles::HandleId;
+use super::open_disks::OpenDisk;
+use super::open_file::OpenFile;
+use crate::storage::DirectFile;
+use crate::storage::aio::Transfer;
+use crate::units::SECTOR_BYTES;
+
+/// A direct request of which all bytes lie, one after the other, in one file of the host. It goes back by
+/// [`Fs::landed`] or [`Fs::let_go`]. A write has passed the gate of that file.
+#[derive(Debug)]
+pub struct Placed {
+    disk: Arc<OpenDisk>,
+    transfer: Transfer,
+    len: u64,
+    at: u64,
+}
+
+impl Placed {
+    /// The file, opened with O_DIRECT.
+    pub fn file(&self) -> BorrowedFd<'_> {
+        self.direct_file().file
+    }
+
+    fn direct_file(&self) -> DirectFile<'_> {
+        self.disk.disk().direct_file().expect("placed only where there is one, and it stays")
+    }
+
+    /// The byte of the file at which it begins.
+    pub fn at(&self) -> u64 {
+        self.at
+    }
+
+    /// Which way.
+    pub fn transfer(&self) -> Transfer {
+        self.transfer
+    }
+}
+
+impl Fs {
+    /// Where a direct request goes, if it is but one request to the host's disk: of an overlay, where all of it is data of
+    /// its own. `None`, too, for a write while others write to that disk through the host's cache. What the map says of it may change while it is under way: a discard of the same blocks then comes before it
+    /// or after.
+    pub fn place(&self, handle: HandleId, transfer: Transfer, offset: u64, len: u64) -> Option<Placed> {
+        if !(offset | len).is_multiple_of(SECTOR_BYTES) {
+            return None;
+        }
+        let file = self.handles.get(handle).ok()?;
+        let OpenFile::Disk(disk) = &*file else { return None };
+        let direct = disk.disk().direct_file()?;
+        let at = disk.disk().place(transfer, offset, len)?;
+        if transfer == Transfer::Write && !direct.gate.enter() {
+            return None;
+        }
+        Some(Placed { disk: Arc::clone(disk), transfer, len, at })
+    }
+
+    /// All of the request is done, and is to be answered.
+    pub fn landed(&self, placed: Placed) {
+        let (operation, done) = match placed.transfer {
+            Transfer::Read => (Operation::Read, Ok(())),
+            Transfer::Write => (Operation::Write, placed.disk.change(|_| Ok(()))),
+        };
+        let done: Outcome<()> = done;
+        self.counters.count(operation, placed.len, &done);
+        self.let_go(placed);
+    }
+
+    /// The request is not done, or not so.
+    pub fn let_go(&self, placed: Placed) {
+        if placed.transfer == Transfer::Write {
+            placed.direct_file().gate.leave();
+        }
+        if let Err(error) = self.disks.put(placed.disk) {
+            log::error!("{error}");
+        }
+    }
+}

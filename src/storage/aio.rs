@@ -1,0 +1,462 @@
+//! Direct reads and writes that no thread waits for: Linux AIO, io_setup(2).
+//!
+//! Of the kernel's two ways this is the one that fits a reader of requests. What io_uring has to do when a request ends, it
+//! does in the thread that submitted it, which it wakes for that; here the interrupt leaves the result, and whoever waits
+//! for results takes many at once. And a process that dies ends only after its AIO has ([`hold`] is for the one exception).
+#![allow(unsafe_code)]
+
+use std::fs::File;
+use std::io;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+use parking_lot::{Condvar, Mutex};
+use rustix::event::EventfdFlags;
+
+use super::cached::is_on_local_disk;
+
+/// A request, with memory of its own.
+///
+/// # Safety
+/// The memory stays where it is while the request is moved, and is not freed before the request is dropped.
+pub unsafe trait Request: Send {
+    /// The file, opened with O_DIRECT.
+    fn file(&self) -> BorrowedFd<'_>;
+
+    /// The byte of the file at which it begins.
+    fn offset(&self) -> u64;
+
+    /// Which way.
+    fn transfer(&self) -> Transfer;
+
+    /// The bytes to write, or to read into.
+    fn memory(&mut self) -> &mut [u8];
+}
+
+/// Which way bytes go.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Transfer {
+    /// From the file.
+    Read,
+    /// To the file.
+    Write,
+}
+
+/// The kernel's `struct iocb`.
+#[derive(Default)]
+#[repr(C)]
+struct Control {
+    data: u64,
+    key: u32,
+    rw_flags: u32,
+    opcode: u16,
+    priority: i16,
+    file: u32,
+    memory: u64,
+    len: u64,
+    offset: u64,
+    reserved: u64,
+    flags: u32,
+    event_file: u32,
+}
+
+/// The kernel's `struct io_event`.
+#[derive(Clone, Copy, Default)]
+#[repr(C)]
+struct Event {
+    data: u64,
+    control: u64,
+    result: i64,
+    result2: i64,
+}
+
+const OPCODE_READ: u16 = 0;
+const OPCODE_WRITE: u16 = 1;
+const OPCODE_POLL: u16 = 5;
+/// `RWF_NOWAIT`.
+const NOWAIT: u32 = 8;
+
+/// In place of a slot's number: somebody has closed the queue.
+const CLOSED: u64 = u64::MAX;
+
+/// Results taken at once.
+const BATCH: usize = 32;
+
+/// Requests under way.
+#[derive(Debug)]
+pub struct Aio<T> {
+    context: libc::c_ulong,
+    /// What is under way, by its number. Each guards one request: it is put there before the kernel is asked and taken away
+    /// after the kernel is done.
+    slots: Box<[Mutex<Option<T>>]>,
+    /// Guards which slots are free; held for an instant.
+    free: Mutex<Vec<usize>>,
+    /// Becomes readable when the queue is closed.
+    closed: OwnedFd,
+}
+
+impl<T: Request> Aio<T> {
+    /// A queue of at most `depth` requests.
+    ///
+    /// # Errors
+    /// `ENOSYS` where the kernel has no AIO; `EAGAIN` where `fs.aio-max-nr` allows no more; `EPERM` where it is filtered.
+    pub fn new(depth: usize) -> io::Result<Self> {
+        let closed = rustix::event::eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?;
+        let entries = libc::c_ulong::try_from(depth + 1).map_err(|_| io::ErrorKind::InvalidInput)?;
+        let mut context: libc::c_ulong = 0;
+        // SAFETY: io_setup writes one context number to where its second argument points, for the call.
+        check(unsafe { libc::syscall(libc::SYS_io_setup, entries, &raw mut context) })?;
+        let slots = (0..depth).map(|_| Mutex::new(None)).collect();
+        let aio = Self { context, slots, free: Mutex::new((0..depth).rev().collect()), closed };
+        let mut poll = Control {
+            data: CLOSED,
+            opcode: OPCODE_POLL,
+            file: aio.closed.as_raw_fd().cast_unsigned(),
+            memory: u64::from(libc::POLLIN.cast_unsigned()),
+            ..Control::default()
+        };
+        aio.enqueue(&mut poll)?;
+        Ok(aio)
+    }
+
+    /// Has the kernel move all of the request's memory to or from its file. Whatever would have to wait before it begins (for
+    /// a lock of the file, say) ends with `EAGAIN` instead.
+    ///
+    /// # Errors
+    /// The request comes back if the queue is full or the kernel does not take it.
+    pub fn submit(&self, mut request: T) -> Result<(), T> {
+        let Some(slot) = self.free.lock().pop() else { return Err(request) };
+        let (file, offset) = (request.file().as_raw_fd().cast_unsigned(), request.offset());
+        let opcode = if request.transfer() == Transfer::Read { OPCODE_READ } else { OPCODE_WRITE };
+        let memory = request.memory();
+        let mut control = Control {
+            data: slot as u64,
+            rw_flags: NOWAIT,
+            opcode,
+            file,
+            memory: memory.as_mut_ptr() as u64,
+            len: memory.len() as u64,
+            offset,
+            ..Control::default()
+        };
+        *self.slots[slot].lock() = Some(request);
+        match self.enqueue(&mut control) {
+            Ok(()) => Ok(()),
+            Err(_) => Err(self.take(slot).expect("put there above, and the kernel has not taken it")),
+        }
+    }
+
+    fn enqueue(&self, control: &mut Control) -> io::Result<()> {
+        let mut controls = [std::ptr::from_mut(control)];
+        // SAFETY: io_submit reads one pointer to a `struct iocb`, and that, during the call. The memory that it names, if any,
+        // belongs to a request in a slot, where it stays (see `Request`) until the kernel is done with it: `next` takes it
+        // away only then, and dropping the queue waits for that first.
+        match check(unsafe { libc::syscall(libc::SYS_io_submit, self.context, 1, controls.as_mut_ptr()) })? {
+            1 => Ok(()),
+            _ => Err(io::ErrorKind::WouldBlock.into()),
+        }
+    }
+
+    fn take(&self, slot: usize) -> Option<T> {
+        let request = self.slots.get(slot)?.lock().take();
+        self.free.lock().push(slot);
+        request
+    }
+
+    /// How many requests are under way.
+    pub fn under_way(&self) -> usize {
+        self.slots.len() - self.free.lock().len()
+    }
+
+    /// Waits for results and calls `done` with each: how many bytes were moved, or the error. Returns when the queue is
+    /// closed and nothing is under way. For one thread.
+    pub fn serve(&self, mut done: impl FnMut(T, io::Result<usize>)) {
+        let mut closed = false;
+        while !closed || self.under_way() > 0 {
+            let mut events = [Event::default(); BATCH];
+            let count = match self.wait(&mut events) {
+                Ok(count) => count,
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
+                Err(error) => {
+                    log::error!("wait for direct I/O: {error}");
+                    return;
+                }
+            };
+            for event in &events[..count] {
+                match usize::try_from(event.data).ok().and_then(|slot| self.take_done(event.data, slot)) {
+                    Some(request) => done(request, result(event.result)),
+                    None => closed = true,
+                }
+            }
+        }
+    }
+
+    fn take_done(&self, data: u64, slot: usize) -> Option<T> {
+        if data == CLOSED { None } else { self.take(slot) }
+    }
+
+    fn wait(&self, events: &mut [Event; BATCH]) -> io::Result<usize> {
+        let timeout = std::ptr::null_mut::<libc::timespec>();
+        // SAFETY: io_getevents writes at most BATCH events to where `events` points, for the call.
+        let count = check(unsafe {
+            libc::syscall(libc::SYS_io_getevents, self.context, 1, BATCH, events.as_mut_ptr(), timeout)
+        })?;
+        Ok(usize::try_from(count).unwrap_or(0).min(BATCH))
+    }
+
+    /// Has [`Aio::serve`] return once nothing is under way. Nothing may be submitted from now on.
+    pub fn close(&self) {
+        if let Err(errno) = rustix::io::write(&self.closed, &[1; 8]) {
+            log::error!("close the queue of direct I/O: {errno}");
+        }
+    }
+}
+
+impl<T> Drop for Aio<T> {
+    fn drop(&mut self) {
+        // SAFETY: the number is that of io_setup. The call returns when the kernel uses no memory of requests any more.
+        unsafe { libc::syscall(libc::SYS_io_destroy, self.context) };
+    }
+}
+
+fn check(result: libc::c_long) -> io::Result<libc::c_long> {
+    if result < 0 { Err(io::Error::last_os_error()) } else { Ok(result) }
+}
+
+fn result(result: i64) -> io::Result<usize> {
+    match usize::try_from(result) {
+        Ok(count) => Ok(count),
+        Err(_) => Err(io::Error::from_raw_os_error(i32::try_from(-result).unwrap_or(libc::EIO))),
+    }
+}
+
+/// Keeps writes through the host's cache and direct writes under way apart, for one file.
+///
+/// A direct write that a thread waits for holds a lock of the file in the host, and so does one through the cache. But with AIO
+/// that lock is free again once the write is under way. Who then writes into the same page through the cache first reads
+/// that page as it was, and the host later writes it back over what has landed; and where the host notices such a page, it
+/// fails the next sync with EIO ("Page cache invalidation failure on direct I/O", mm/filemap.c).
+#[derive(Debug, Default)]
+pub struct Gate {
+    /// Direct writes under way.
+    direct: AtomicUsize,
+    /// Writes through the cache, going on or waiting.
+    cached: AtomicUsize,
+    /// Guards nothing but the sleep of who waits for `direct` to fall to zero.
+    sleep: Mutex<()>,
+    empty: Condvar,
+}
+
+impl Gate {
+    /// Lets a direct write begin, unless somebody writes through the cache or waits to. Each goes with a [`Gate::leave`].
+    pub fn enter(&self) -> bool {
+        self.direct.fetch_add(1, Ordering::SeqCst);
+        let free = self.cached.load(Ordering::SeqCst) == 0;
+        if !free {
+            self.leave();
+        }
+        free
+    }
+
+    /// A direct write has ended.
+    pub fn leave(&self) {
+        if self.direct.fetch_sub(1, Ordering::SeqCst) == 1 && self.cached.load(Ordering::SeqCst) > 0 {
+            let _asleep = self.sleep.lock();
+            self.empty.notify_all();
+        }
+    }
+
+    /// Writes through the cache when no direct write is under way.
+    pub fn cached<R>(&self, write: impl FnOnce() -> R) -> R {
+        self.cached.fetch_add(1, Ordering::SeqCst);
+        if self.direct.load(Ordering::SeqCst) > 0 {
+            let mut sleep = self.sleep.lock();
+            while self.direct.load(Ordering::SeqCst) > 0 {
+                self.empty.wait(&mut sleep);
+            }
+        }
+        let result = write();
+        self.cached.fetch_sub(1, Ordering::SeqCst);
+        result
+    }
+}
+
+/// Keeps a mark on an open file for as long as it is open, anywhere: by a descriptor, or by a request under way. It is
+/// what [`wait_until_landed`] waits for. (A dying process waits for its AIO with its memory. Whoever looks at that memory
+/// in that very moment, through `/proc`, waits in its place, and others may see the process gone before.)
+///
+/// # Errors
+/// Those of the host, where its file system has no such locks.
+pub fn hold(file: impl AsFd) -> io::Result<()> {
+    lock(file.as_fd(), libc::F_OFD_SETLK, libc::F_RDLCK)
+}
+
+/// Waits until no description of the file is [held](hold) by anybody else, open or with a request under way. `file` is open
+/// for writing. Where files are not held, on file systems of a network, it returns at once.
+///
+/// # Errors
+/// Those of the host; `EINTR` if a signal came.
+pub fn wait_until_landed(file: &File) -> io::Result<()> {
+    if !is_on_local_disk(file) {
+        return Ok(());
+    }
+    lock(file.as_fd(), libc::F_OFD_SETLKW, libc::F_WRLCK)?;
+    lock(file.as_fd(), libc::F_OFD_SETLK, libc::F_UNLCK)
+}
+
+fn lock(file: BorrowedFd<'_>, command: libc::c_int, kind: libc::c_int) -> io::Result<()> {
+    // SAFETY: all zeroes are a `struct flock`: the whole file, from its start.
+    let mut lock: libc::flock = unsafe { std::mem::zeroed() };
+    lock.l_type = libc::c_short::try_from(kind).map_err(|_| io::ErrorKind::InvalidInput)?;
+    // SAFETY: these commands read a `struct flock` from where the argument points, for the call.
+    check(unsafe { libc::fcntl(file.as_raw_fd(), command, &raw mut lock) }.into()).map(drop)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::FileExt;
+    use std::sync::Arc;
+    use std::sync::mpsc::channel;
+
+    use memmap2::MmapMut;
+    use rustix::fs::{Mode, OFlags};
+
+    use super::*;
+
+    struct Page {
+        memory: MmapMut,
+        byte: u8,
+        file: Arc<OwnedFd>,
+        offset: u64,
+        transfer: Transfer,
+    }
+
+    // SAFETY: a mapping stays where it is.
+    unsafe impl Request for Page {
+        fn file(&self) -> BorrowedFd<'_> {
+            self.file.as_fd()
+        }
+
+        fn offset(&self) -> u64 {
+            self.offset
+        }
+
+        fn transfer(&self) -> Transfer {
+            self.transfer
+        }
+
+        fn memory(&mut self) -> &mut [u8] {
+            &mut self.memory
+        }
+    }
+
+    fn page(file: &Arc<OwnedFd>, transfer: Transfer, offset: u64, byte: u8) -> Page {
+        let mut memory = MmapMut::map_anon(4096).unwrap();
+        memory.fill(byte);
+        Page { memory, byte, file: Arc::clone(file), offset, transfer }
+    }
+
+    /// A file on a disk of 16 pages that hold 9, and the same opened directly.
+    fn file() -> (File, Arc<OwnedFd>) {
+        let file = tempfile::NamedTempFile::new_in("/var/tmp").unwrap();
+        file.as_file().write_all_at(&[9; 16 * 4096], 0).unwrap();
+        file.as_file().sync_all().unwrap();
+        let direct = rustix::fs::open(file.path(), OFlags::RDWR | OFlags::DIRECT, Mode::empty()).unwrap();
+        (file.into_file(), Arc::new(direct))
+    }
+
+    #[test]
+    fn what_is_submitted_is_done_once_and_said_with_its_own_request() {
+        let (file, direct) = file();
+        let aio = Arc::new(Aio::new(8).unwrap());
+        let (done, results) = channel();
+        let server = std::thread::spawn({
+            let aio = Arc::clone(&aio);
+            move || aio.serve(|request: Page, result| done.send((request, result)).unwrap())
+        });
+        for byte in 0..8u8 {
+            let mut request = page(&direct, Transfer::Write, u64::from(byte) * 4096, byte);
+            // The queue is full now and then.
+            while let Err(back) = aio.submit(request) {
+                request = back;
+                std::thread::yield_now();
+            }
+        }
+        for _ in 0..8 {
+            let (request, result) = results.recv().unwrap();
+            match result {
+                Ok(count) => assert_eq!(count, 4096),
+                // It would have had to wait.
+                Err(error) => {
+                    assert_eq!(error.kind(), io::ErrorKind::WouldBlock);
+                    file.write_all_at(&request.memory, request.offset).unwrap();
+                }
+            }
+        }
+        aio.submit(page(&direct, Transfer::Read, 15 * 4096, 0)).map_err(drop).unwrap();
+        let (request, result) = results.recv().unwrap();
+        if result.is_ok() {
+            assert!(request.memory.iter().all(|byte| *byte == 9));
+        }
+        // Not aligned.
+        aio.submit(page(&direct, Transfer::Read, 1, 0)).map_err(drop).unwrap();
+        let error = results.recv().unwrap().1.unwrap_err();
+        assert!(matches!(error.raw_os_error(), Some(libc::EINVAL | libc::EAGAIN)), "{error}");
+        aio.close();
+        server.join().unwrap();
+        for byte in 0..8u8 {
+            let mut seen = [0xff; 4096];
+            file.read_exact_at(&mut seen, u64::from(byte) * 4096).unwrap();
+            assert!(seen.iter().all(|seen| *seen == byte), "page {byte}");
+        }
+    }
+
+    #[test]
+    fn a_full_queue_gives_the_request_back() {
+        let (_file, direct) = file();
+        let aio = Aio::new(1).unwrap();
+        aio.submit(page(&direct, Transfer::Read, 0, 1)).map_err(drop).unwrap();
+        let back = aio.submit(page(&direct, Transfer::Read, 0, 2)).unwrap_err();
+        assert_eq!((back.byte, aio.under_way()), (2, 1));
+    }
+
+    /// The page that was read for one was written back over what the other had written, or the next sync failed.
+    #[test]
+    fn a_write_through_the_cache_waits_for_direct_ones_and_keeps_others_out() {
+        let gate = Gate::default();
+        assert!(gate.enter() && gate.enter());
+        let (written, word) = channel();
+        std::thread::scope(|scope| {
+            scope.spawn(|| gate.cached(|| written.send(()).unwrap()));
+            while gate.cached.load(Ordering::SeqCst) == 0 {
+                std::thread::yield_now();
+            }
+            assert!(!gate.enter(), "one waits to write through the cache");
+            gate.leave();
+            assert!(word.recv_timeout(std::time::Duration::from_millis(20)).is_err());
+            gate.leave();
+            word.recv().unwrap();
+        });
+        gate.cached(|| assert!(!gate.enter()));
+        assert!(gate.enter());
+    }
+
+    #[test]
+    fn whoever_waits_for_a_held_file_waits_until_it_is_nowhere_open() {
+        let (file, direct) = file();
+        hold(&direct).unwrap();
+        let other = direct.try_clone().unwrap();
+        let (waited, word) = channel();
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                wait_until_landed(&file).unwrap();
+                waited.send(()).unwrap();
+            });
+            drop(direct);
+            assert!(word.recv_timeout(std::time::Duration::from_millis(50)).is_err(), "still open elsewhere");
+            drop(other);
+            word.recv().unwrap();
+        });
+        wait_until_landed(&file).unwrap();
+    }
+}

@@ -113,9 +113,10 @@ impl Fs {
     /// though nobody asks for anything.
     pub fn take_up(&self) {
         for (id, _) in self.handles.all_kept().into_iter().filter(|(_, kept)| kept.write) {
-            // Whoever uses it is told with each request.
-            if let Err(failure) = self.file(id) {
-                log::error!("{failure}");
+            // Whoever uses it is told with each request. It may have been closed meanwhile.
+            match self.file(id) {
+                Err(failure) if failure.errno() != Errno::BAD_HANDLE => log::error!("{failure}"),
+                _ => {}
             }
         }
     }

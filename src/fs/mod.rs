@@ -338,10 +338,12 @@ impl Fs {
     /// Whether [`Fs::write`] of `len` bytes at `offset` only changes memory, or is refused. It need not be called then by a
     /// thread that has time to wait for the host's disk.
     pub fn writes_to_memory(&self, handle: HandleId, offset: u64, len: u64, way: Way) -> bool {
-        // A kept one has to be opened first.
-        self.handles
-            .get(handle)
-            .map_or(self.handles.kept(handle).is_none(), |file| file.writes_to_memory(offset, len, way))
+        match self.handles.get(handle) {
+            Ok(file) => file.writes_to_memory(offset, len, way),
+            // A kept one has to be opened first. Not asked while the file is held: whoever is about to open it waits for
+            // that, and this thread would wait for him.
+            Err(_) => self.handles.kept(handle).is_none(),
+        }
     }
 
     /// Writes all of `data` at byte `offset`; durable after the next [`Fs::sync`]. `direct` and `way` as in [`Fs::read`].

@@ -25,6 +25,8 @@ mod scrubbing;
 mod space;
 #[path = "cli/status.rs"]
 mod status;
+#[path = "cli/upgrading.rs"]
+mod upgrading;
 
 use std::collections::BTreeMap;
 use std::fs::{self, File};

@@ -7,56 +7,28 @@
 #![allow(clippy::disallowed_methods, reason = "tests change files in place")]
 #![allow(clippy::cast_possible_truncation, reason = "tests run on 64 bits")]
 
+#[path = "common/load.rs"]
+mod load;
 #[path = "common/mount.rs"]
 mod mount;
 
 use std::fs::File;
 use std::os::unix::fs::{FileExt, MetadataExt};
-use std::path::{Path, PathBuf};
-use std::process::Command;
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
-use std::time::{Duration, Instant};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
 
 use cowdisk::ErrorKind;
-use cowdisk::daemon::{self, Status};
+use cowdisk::daemon;
 use cowdisk::store::DiskName;
-use mount::{Aligned, MIB, TestMount, errno, image_bytes, kill_and_wait, name, open, open_with};
+use load::{kept, kill_worker, number, status, under_load};
+use mount::{Aligned, MIB, errno, image_bytes, kill_and_wait, name, open, open_with};
 use power_cut::random::Random;
-use rustix::fs::FallocateFlags;
 use rustix::process::Signal;
 
 /// Not a test: the daemon of all others, see [`mount`].
 #[test]
 fn daemon_process() {
     mount::daemon_process();
-}
-
-/// Mounted so that another process can take over, whatever transport the other tests run with.
-fn kept(options: &str) -> TestMount {
-    TestMount::with_options(&format!("transport=dev_fuse,flush=0,{options}"))
-}
-
-fn kill_worker(mount: &TestMount) {
-    kill_and_wait(mount.worker());
-}
-
-fn status(mount: &TestMount) -> Status {
-    // Between two processes there is nobody to answer.
-    let end = Instant::now() + Duration::from_secs(60);
-    loop {
-        match daemon::status(&mount.store) {
-            Ok(status) => return status.expect("mounted"),
-            Err(error) => assert!(Instant::now() < end, "{error}"),
-        }
-        std::thread::sleep(Duration::from_millis(5));
-    }
-}
-
-fn number(variable: &str, default: u64) -> u64 {
-    match std::env::var(variable) {
-        Ok(text) => text.parse().unwrap_or_else(|error| panic!("{variable}={text}: {error}")),
-        Err(_) => default,
-    }
 }
 
 #[test]
@@ -291,144 +263,26 @@ fn a_mount_that_goes_away_while_nobody_serves_is_ended_in_order() {
     assert!(!mount.log().contains("may be gone"), "it was closed, not recovered");
 }
 
-/// Runs until `done`, over and over, each time with a seed of its own: writes of 4 KiB at queue depth 32, each read back and
-/// its checksum verified.
-fn verify_by_fio(disk: &Path, engine: &str, seed: u64, done: &AtomicBool) -> u64 {
-    let mut runs = 0;
-    while !done.load(Ordering::Relaxed) {
-        let output = Command::new("fio")
-            .args(["--name=load", "--rw=randwrite", "--bs=4k", "--iodepth=32", "--direct=1", "--size=8M"])
-            .args(["--verify=crc32c", "--verify_fatal=1", "--verify_backlog=512", "--verify_state_save=0"])
-            .arg("--output-format=json")
-            .arg(format!("--ioengine={engine}"))
-            .arg(format!("--randseed={}", seed + runs))
-            .arg(format!("--filename={}", disk.display()))
-            .output()
-            .expect("fio is needed: scripts/install-deps");
-        let said = mount::check_output("fio", &output);
-        let report: serde_json::Value =
-            serde_json::from_str(&said[said.find('{').expect("a report")..]).unwrap();
-        let job = &report["jobs"][0];
-        assert_eq!(job["error"], 0, "{said}");
-        for way in ["write", "read"] {
-            assert!(job[way]["io_bytes"].as_u64().unwrap() >= 8 << 20, "{way}: {said}");
-        }
-        runs += 1;
-    }
-    runs
-}
-
-/// Writes records, syncs, and reads back what it had written; never sees an error. Returns how many.
-fn write_and_sync(path: &Path, seed: u64, done: &AtomicBool, stall: &Stall) -> usize {
-    let file = open(path);
-    let mut random = Random::new(seed);
-    let mut model = std::fs::read(path).unwrap();
-    let size = model.len() as u64;
-    let mut steps = 0;
-    while !done.load(Ordering::Relaxed) {
-        let len = random.between(1, 20_000).min(size);
-        let at = random.below(size - len + 1);
-        let range = at as usize..(at + len) as usize;
-        stall.watch(|| match random.below(8) {
-            0 => {
-                let mode = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
-                rustix::fs::fallocate(&file, mode, at, len).unwrap();
-                model[range.clone()].fill(0);
-            }
-            1 => file.sync_all().unwrap(),
-            2 => file.sync_data().unwrap(),
-            _ => {
-                let byte = random.below(256) as u8;
-                model[range.clone()].fill(byte);
-                file.write_all_at(&model[range.clone()], at).unwrap();
-            }
-        });
-        let mut seen = vec![0; range.len()];
-        file.read_exact_at(&mut seen, at).unwrap();
-        assert!(seen == model[range], "step {steps}, seed {seed}, byte {at}, {len} bytes");
-        steps += 1;
-    }
-    assert!(std::fs::read(path).unwrap() == model, "at the end, seed {seed}");
-    steps
-}
-
-/// Opens, looks at and closes files and directories.
-fn open_and_close(mount: &Path, done: &AtomicBool) -> usize {
-    let ino = |path: &PathBuf| std::fs::metadata(path).unwrap().ino();
-    let disk = mount.join("instances/db/disk.local");
-    let (number, mut rounds) = (ino(&disk), 0);
-    while !done.load(Ordering::Relaxed) {
-        let file = open(&disk);
-        let at = (rounds % 4000) as u64 * 4096;
-        file.write_all_at(&[rounds as u8 | 1; 512], at).unwrap();
-        drop(file);
-        let mut seen = [0; 512];
-        File::open(&disk).unwrap().read_exact_at(&mut seen, at).unwrap();
-        assert_eq!(seen, [rounds as u8 | 1; 512]);
-        let names: Vec<_> = std::fs::read_dir(mount.join("instances"))
-            .unwrap()
-            .map(|entry| entry.unwrap().file_name())
-            .collect();
-        assert_eq!(names.len(), 2, "{names:?}");
-        assert_eq!(ino(&disk), number);
-        rustix::fs::setxattr(&disk, "user.round", b"x", rustix::fs::XattrFlags::empty()).unwrap();
-        rustix::fs::removexattr(&disk, "user.round").unwrap();
-        rounds += 1;
-    }
-    rounds
-}
-
-/// The longest pause that anybody noticed.
-#[derive(Default)]
-struct Stall(AtomicUsize);
-
-impl Stall {
-    fn watch<R>(&self, work: impl FnOnce() -> R) -> R {
-        let begun = Instant::now();
-        let result = work();
-        self.0.fetch_max(begun.elapsed().as_millis() as usize, Ordering::Relaxed);
-        result
-    }
-}
-
 #[test]
 fn nobody_notices_more_than_a_pause_when_the_daemon_is_killed_under_load() {
     let (kills, seed) = (number("COWDISK_REPLACEMENTS", 10), number("COWDISK_SEED", 1));
     eprintln!("{kills} kills with seed {seed}");
     let mut mount = kept("");
     mount.create("db");
-    let (done, stall) = (AtomicBool::new(false), Stall::default());
     let mut random = Random::new(seed);
-    let root = mount.path("instances/db/disk");
-    std::thread::scope(|scope| {
-        let fio = scope.spawn(|| verify_by_fio(&mount.disk(), "libaio", seed, &done));
-        let uring = scope.spawn(|| verify_by_fio(&mount.local(), "io_uring", seed, &done));
-        let oracle = scope.spawn(|| write_and_sync(&root, seed, &done, &stall));
-        let storm = scope.spawn(|| open_and_close(&mount.mountpoint(), &done));
+    under_load(&mount, seed, |load| {
         for kill in 0..kills {
             mount.wait_until("taken over", || u64::from(status(&mount).keeper.unwrap().restarts) == kill);
             // A life of a second costs no wait after its end.
             std::thread::sleep(Duration::from_millis(random.between(1000, 1700)));
-            if oracle.is_finished() || storm.is_finished() || fio.is_finished() || uring.is_finished() {
+            if load.noticed() {
                 eprintln!("somebody noticed something before kill {kill}");
                 break;
             }
             kill_worker(&mount);
         }
-        // The last one has to be survived, too.
-        std::thread::sleep(Duration::from_secs(1));
-        done.store(true, Ordering::Relaxed);
-        let (fio, uring) = (fio.join().unwrap(), uring.join().unwrap());
-        let (oracle, storm) = (oracle.join().unwrap(), storm.join().unwrap());
-        eprintln!(
-            "{fio} and {uring} runs of fio, {oracle} steps, {storm} rounds; longest pause {} ms",
-            stall.0.load(Ordering::Relaxed)
-        );
-        assert!(fio > 0 && uring > 0 && oracle > 0 && storm > 0);
     });
     assert_eq!(u64::from(status(&mount).keeper.unwrap().restarts), kills);
     mount.unmount().unwrap();
-    let log = mount.log();
-    let complaints: Vec<_> = log.lines().filter(|line| line.starts_with("WARN ")).collect();
-    assert!(complaints.is_empty(), "{complaints:#?}");
+    load::assert_only_deaths_in(&mount.log(), kills);
 }

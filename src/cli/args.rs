@@ -67,6 +67,12 @@ pub enum Command {
     ///
     /// More is told to programs, by HTTP on the socket control.sock in the run directory: GET /v1/status and /metrics.
     Status(StatusArgs),
+    /// Replace the process that serves a store by one of the program that is installed now, while guests go on
+    ///
+    /// The program is the file at the path from which the store was mounted; nobody but root and the user of the daemon may
+    /// be able to write to it. Requests wait for a moment. If the new process does not begin to serve, one of the old program
+    /// does. The process that keeps the mount stays what it is until the store is unmounted.
+    Upgrade(StatusArgs),
     /// Show what the store takes of the host's file system, what is left, and what is promised to disks
     ///
     /// What each instance takes is a column of: cowdisk instance list
@@ -247,7 +253,7 @@ pub struct MountArgs {
     pub sloppy: bool,
 }
 
-/// `cowdisk status …`
+/// `cowdisk status …` and `cowdisk upgrade …`
 #[derive(Debug, Args)]
 pub struct StatusArgs {
     /// A mountpoint; without it the store is meant

@@ -17,6 +17,7 @@ mod output;
 mod progress;
 mod scrub;
 mod status;
+mod upgrade;
 mod usage;
 
 use std::ffi::OsString;
@@ -106,6 +107,7 @@ fn run(cli: Cli) -> Result<()> {
         Command::Mount(args) => mount::mount(&session, &args),
         Command::Umount { mountpoint } => mount::unmount(&mountpoint),
         Command::Status(args) => status::run(&mut session, &args),
+        Command::Upgrade(args) => upgrade::run(&mut session, &args),
         Command::Df(form) => df::run(&mut session, form),
         Command::Map(args) => map::run(&mut session, &args),
         Command::Check(args) => check::run(&mut session, args),

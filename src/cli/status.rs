@@ -6,7 +6,7 @@ use serde::Serialize;
 
 use super::Session;
 use super::args::StatusArgs;
-use crate::daemon::{self, DiskStatus, Status};
+use crate::daemon::{self, DiskStatus, KeeperStatus, Status};
 use crate::error::{Context as _, Error, ErrorKind, Result};
 use crate::store::Store;
 use crate::units::HumanBytes;
@@ -22,10 +22,7 @@ struct StatusView {
 
 /// Prints how a store is served.
 pub(super) fn run(session: &mut Session, args: &StatusArgs) -> Result<()> {
-    let dir = match &args.mountpoint {
-        None => session.store.clone(),
-        Some(mountpoint) => store_mounted_on(mountpoint)?,
-    };
+    let dir = store_meant(session, args)?;
     // It may be another store than that whose owner we are by now.
     let status = daemon::as_owner(&dir, || daemon::status(&Store::open(&dir)?))?;
     if args.form.json {
@@ -34,6 +31,14 @@ pub(super) fn run(session: &mut Session, args: &StatusArgs) -> Result<()> {
     match status {
         None => session.output.line(&format!("store {}: not mounted", dir.display())),
         Some(status) => show(session, &status),
+    }
+}
+
+/// The directory of the store that is meant.
+pub(super) fn store_meant(session: &Session, args: &StatusArgs) -> Result<PathBuf> {
+    match &args.mountpoint {
+        None => Ok(session.store.clone()),
+        Some(mountpoint) => store_mounted_on(mountpoint),
     }
 }
 
@@ -77,7 +82,10 @@ fn keeper(status: &Status) -> String {
     };
     let last =
         keeper.last_end.as_ref().map(|last| format!(", the last time after: {last}")).unwrap_or_default();
-    format!("process {}, replaced the daemon {} times{last}", keeper.pid, keeper.restarts)
+    let KeeperStatus { pid, version, restarts, upgrades, .. } = keeper;
+    format!(
+        "process {pid}, cowdisk {version}, upgraded the daemon {upgrades} times, replaced it {restarts} times{last}"
+    )
 }
 
 fn row(disk: &DiskStatus) -> Vec<String> {

@@ -14,7 +14,7 @@ use crate::fs::Fs;
 
 /// How long a signalled daemon waits for its mount to fall idle before it gives up and serves on. Below the 90 seconds
 /// after which systemd kills.
-const PATIENCE: Duration = Duration::from_secs(60);
+pub(super) const PATIENCE: Duration = Duration::from_secs(60);
 
 /// How often it tries within that time.
 const RETRY: Duration = Duration::from_millis(500);
@@ -25,6 +25,16 @@ pub(super) enum Event {
     Ended(Result<()>),
     /// The name of a signal that asks the daemon to end.
     Signal(String),
+    /// Another process stands by to take over from this one.
+    HandOver,
+}
+
+/// Why there is nothing more to attend to for the moment.
+pub(super) enum Attended {
+    /// The mount is gone, or a thread of the session has failed.
+    Ended(Result<()>),
+    /// Another process is to take over.
+    HandOver,
 }
 
 /// How the mount was given up.
@@ -47,27 +57,29 @@ pub(super) struct Attendant<'a> {
 }
 
 impl Attendant<'_> {
-    /// Waits until the mount is gone.
-    pub(super) fn attend(mut self) -> Result<()> {
+    /// Waits until the mount is gone, or another process is to take over; if it does not, to be called again.
+    pub(super) fn attend(&mut self) -> Attended {
         loop {
             let event = match self.patience {
                 None => self.inbox.recv().map_err(|_| RecvTimeoutError::Disconnected),
                 Some(_) => self.inbox.recv_timeout(RETRY),
             };
             match event {
-                Ok(Event::Ended(result)) => return result,
+                Ok(Event::Ended(result)) => return Attended::Ended(result),
+                Ok(Event::HandOver) => return Attended::HandOver,
                 Ok(Event::Signal(name)) => {
                     if let Some(Left::Abandoned) = self.begin_to_leave(&name) {
-                        return Ok(());
+                        return Attended::Ended(Ok(()));
                     }
                 }
                 Err(RecvTimeoutError::Timeout) => {
                     if let Some(Left::Abandoned) = self.try_to_leave() {
-                        return Ok(());
+                        return Attended::Ended(Ok(()));
                     }
                 }
                 Err(RecvTimeoutError::Disconnected) => {
-                    return Err(Error::new(ErrorKind::Io, "the session's thread is gone"));
+                    let gone = Error::new(ErrorKind::Io, "the session's thread is gone");
+                    return Attended::Ended(Err(gone));
                 }
             }
         }

@@ -3,7 +3,7 @@
 
 use std::sync::Arc;
 use std::thread::JoinHandle;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use parking_lot::{Condvar, Mutex, MutexGuard};
 
@@ -23,22 +23,52 @@ pub(super) struct Background {
 
 #[derive(Debug, Default)]
 struct Stop {
-    /// Guards whether to stop; held for an instant, and while waiting for the next tick.
-    wanted: Mutex<bool>,
+    /// Guards what is wanted and who works; held for an instant, and while waiting for the next tick.
+    state: Mutex<State>,
     changed: Condvar,
 }
 
+#[derive(Debug, Default)]
+struct State {
+    stop: bool,
+    pause: bool,
+    /// Threads that work.
+    working: usize,
+}
+
 impl Stop {
-    /// Does `work` at each tick until it is wanted to stop.
-    fn each_tick(&self, mut work: impl FnMut()) {
-        let mut wanted = self.wanted.lock();
-        while !*wanted {
-            self.changed.wait_for(&mut wanted, TICK);
-            if *wanted {
-                return;
-            }
-            MutexGuard::unlocked(&mut wanted, &mut work);
+    /// Does `work`, unless it is wanted to stop or to pause.
+    fn work(&self, state: &mut MutexGuard<'_, State>, work: impl FnOnce()) {
+        if state.stop || state.pause {
+            return;
         }
+        state.working += 1;
+        MutexGuard::unlocked(state, || {
+            let _working = Working(self);
+            work();
+        });
+    }
+
+    /// Does `first`, and `work` at each tick until it is wanted to stop.
+    fn each_tick(&self, first: impl FnOnce(), mut work: impl FnMut()) {
+        let mut state = self.state.lock();
+        self.work(&mut state, first);
+        while !state.stop {
+            // Woken by whoever wants it to stop, and by the others' pauses, which do no harm.
+            let tick = Instant::now() + TICK;
+            while !state.stop && !self.changed.wait_until(&mut state, tick).timed_out() {}
+            self.work(&mut state, &mut work);
+        }
+    }
+}
+
+/// A thread that works, until this is dropped, by a panic perhaps.
+struct Working<'a>(&'a Stop);
+
+impl Drop for Working<'_> {
+    fn drop(&mut self) {
+        self.0.state.lock().working -= 1;
+        self.0.changed.notify_all();
     }
 }
 
@@ -49,20 +79,37 @@ impl Background {
         let watched = Arc::clone(&fs);
         let mut high_water = HighWater::default();
         // A thread of its own: a flush may take long where the host's disk is slow, and then it is filled no slower.
-        background.spawn("space", move |stop| stop.each_tick(|| watch_space(&watched, &mut high_water)))?;
+        background
+            .spawn("space", move |stop| stop.each_tick(|| {}, || watch_space(&watched, &mut high_water)))?;
         let mut ticks = 0;
         background.spawn("background", move |stop| {
-            fs.take_up();
-            stop.each_tick(|| {
+            let work = || {
                 ticks += 1;
                 if flush_seconds > 0 && ticks >= flush_seconds {
                     ticks = 0;
                     report("flush in the background", &fs.flush_dirty());
                 }
                 report("housekeeping", &fs.checkpoint_due());
-            });
+            };
+            stop.each_tick(|| fs.take_up(), work);
         })?;
         Ok(background)
+    }
+
+    /// Has them begin nothing more, and waits at most `patience` until they do nothing. Says whether that is so; if not,
+    /// they go on.
+    pub(super) fn pause(&self, patience: Duration) -> bool {
+        let until = Instant::now() + patience;
+        let mut state = self.stop.state.lock();
+        state.pause = true;
+        while state.working > 0 && !self.stop.changed.wait_until(&mut state, until).timed_out() {}
+        state.pause = state.working == 0;
+        state.pause
+    }
+
+    /// Has them go on after a pause.
+    pub(super) fn resume(&self) {
+        self.stop.state.lock().pause = false;
     }
 
     fn spawn(&mut self, name: &str, work: impl FnOnce(&Stop) + Send + 'static) -> Result<()> {
@@ -94,7 +141,7 @@ pub(super) fn report(what: &str, errors: &[Error]) {
 
 impl Drop for Background {
     fn drop(&mut self) {
-        *self.stop.wanted.lock() = true;
+        self.stop.state.lock().stop = true;
         self.stop.changed.notify_all();
         for thread in self.threads.drain(..) {
             if thread.join().is_err() {

@@ -1,11 +1,13 @@
-//! The control socket: what a daemon tells about itself, by HTTP on a Unix socket in the run directory.
+//! The control socket: what a daemon tells about itself, by HTTP on a Unix socket in the run directory, and how it is asked to
+//! let another process take over.
 //!
-//! Only the owner of the run directory can reach it. Nothing that is asked for waits for a disk or keeps one open, a
+//! Only the owner of the run directory can reach it. A request for an upgrade is passed on to the keeper with its connection,
+//! for this process will have ended when there is an answer. Nothing else that is asked for waits for a disk or keeps one open, a
 //! request has a bounded size and bounded time, and few are answered at once: whoever asks cannot hold up guests.
 
 use std::fs::{File, Permissions};
 use std::io::{ErrorKind as IoKind, Read, Write};
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsFd, AsRawFd};
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
@@ -17,6 +19,7 @@ use std::time::{Duration, Instant};
 use super::http::{self, REQUEST_BYTES_MAX, Refusal, Request, Route};
 use super::metrics;
 use super::status::{Identity, Status};
+use super::upgrade::{self, Upgraded};
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::fs::Fs;
 use crate::store::{ServerInfo, Store};
@@ -29,6 +32,12 @@ const PATIENCE: Duration = Duration::from_secs(5);
 
 /// Requests that are answered at once.
 const CONNECTIONS_MAX: usize = 8;
+
+/// How long whoever asks tries again, for while another process takes over nobody answers.
+const INTERLUDE: Duration = Duration::from_secs(3);
+
+/// How often.
+const RETRY: Duration = Duration::from_millis(10);
 
 /// How long to wait after a connection could not be accepted (too many open files, say).
 const PAUSE: Duration = Duration::from_millis(100);
@@ -153,7 +162,12 @@ fn listen(listener: &UnixListener, subject: &Arc<Subject>, stop: &AtomicBool) {
 
 fn serve(stream: &UnixStream, subject: &Subject) -> std::io::Result<()> {
     let response = match read_request(stream, Instant::now() + PATIENCE)? {
-        Ok(route) => answer(route, subject),
+        Ok(Route::Upgrade) => match subject.identity.upgrade(stream.as_fd()) {
+            Ok(()) => return Ok(()),
+            Err(error) => upgrade::response(Err(error)),
+        },
+        Ok(Route::Metrics) => answer(metrics_page(subject)),
+        Ok(Route::Status) => answer(status_page(subject)),
         Err(refusal) => http::refusal(refusal),
     };
     write_all(stream, &response, Instant::now() + PATIENCE)
@@ -207,18 +221,19 @@ fn is_timeout(error: &std::io::Error) -> bool {
     matches!(error.kind(), IoKind::WouldBlock | IoKind::TimedOut)
 }
 
-fn answer(route: Route, subject: &Subject) -> Vec<u8> {
-    let Subject { identity, fs } = subject;
-    let told = match route {
-        Route::Metrics => {
-            metrics::page(identity, fs).map(|page| http::response(metrics::CONTENT_TYPE, &page))
-        }
-        Route::Status => identity.status(fs).and_then(|status| {
-            let text = serde_json::to_string_pretty(&status)
-                .map_err(|error| Error::caused(ErrorKind::Invalid, "write JSON", error))?;
-            Ok(http::response("application/json", &(text + "\n")))
-        }),
-    };
+fn metrics_page(subject: &Subject) -> Result<Vec<u8>> {
+    let page = metrics::page(&subject.identity, &subject.fs)?;
+    Ok(http::response(metrics::CONTENT_TYPE, &page))
+}
+
+fn status_page(subject: &Subject) -> Result<Vec<u8>> {
+    let status = subject.identity.status(&subject.fs)?;
+    let text = serde_json::to_string_pretty(&status)
+        .map_err(|error| Error::caused(ErrorKind::Invalid, "write JSON", error))?;
+    Ok(http::response("application/json", &(text + "\n")))
+}
+
+fn answer(told: Result<Vec<u8>>) -> Vec<u8> {
     told.unwrap_or_else(|error| {
         log::warn!("control: {error}");
         http::refusal(Refusal::Failed)
@@ -230,29 +245,74 @@ fn answer(route: Route, subject: &Subject) -> Vec<u8> {
 /// # Errors
 /// If a daemon serves it but does not answer; [`ErrorKind::Denied`] if it is another user's.
 pub fn status(store: &Store) -> Result<Option<Status>> {
-    let Some(server) = store.serving()? else { return Ok(None) };
-    match ask(store, &server) {
-        Err(error) => match store.serving()? {
-            Some(_) => Err(error),
-            // It has ended meanwhile.
-            None => Ok(None),
-        },
-        told => told.map(Some),
+    let end = Instant::now() + INTERLUDE;
+    loop {
+        let Some(server) = store.serving()? else { return Ok(None) };
+        match ask_for_status(store, &server) {
+            Err(error) if error.kind() == ErrorKind::Denied || Instant::now() >= end => {
+                // It may have ended meanwhile.
+                return if store.serving()?.is_some() { Err(error) } else { Ok(None) };
+            }
+            Err(_) => std::thread::sleep(RETRY),
+            told => return told.map(Some),
+        }
     }
 }
 
-fn ask(store: &Store, server: &ServerInfo) -> Result<Status> {
+fn ask_for_status(store: &Store, server: &ServerInfo) -> Result<Status> {
     let what = || format!("ask the daemon (process {})", server.pid);
-    let run_dir = store.run_dir().context(what)?;
-    let folder = File::open(&run_dir).context(what)?;
-    let mut stream = UnixStream::connect(short_path(&folder)).context(what)?;
-    stream.set_read_timeout(Some(PATIENCE)).context(what)?;
+    let stream = connect(store).context(what)?;
+    let body = ask(stream, b"GET /v1/status HTTP/1.1\r\nHost: cowdisk\r\n\r\n", PATIENCE).context(what)?;
+    serde_json::from_slice(&body)
+        .map_err(|error| Error::caused(ErrorKind::Io, what() + ": its answer is not understood", error))
+}
+
+/// Has the daemon that serves `store` replace the process that answers by one of the program that is now in the place from
+/// which the daemon was started, while guests go on. Returns once that one answers.
+///
+/// # Errors
+/// Why not, and the one of before answers then. [`ErrorKind::NotFound`] if no daemon serves it; [`ErrorKind::Denied`] if it is
+/// another user's, or if others may write to that program; [`ErrorKind::Unsupported`] if the program does not speak the
+/// protocol of the process that keeps the mount, or if none does; [`ErrorKind::Busy`] if requests wait for the host's disk too
+/// long, so that trying again helps.
+pub fn upgrade(store: &Store) -> Result<Upgraded> {
+    let end = Instant::now() + INTERLUDE;
+    let (stream, server) = loop {
+        let Some(server) = store.serving()? else {
+            let message = format!("store {}: not mounted", store.dir().display());
+            return Err(Error::new(ErrorKind::NotFound, message));
+        };
+        match connect(store) {
+            Ok(stream) => break (stream, server),
+            Err(error) if error.kind() == ErrorKind::Denied || Instant::now() >= end => {
+                return Err(error.context(format!("ask the daemon (process {})", server.pid)));
+            }
+            Err(_) => std::thread::sleep(RETRY),
+        }
+    };
+    let what = || format!("ask the daemon (process {})", server.pid);
+    let request = b"POST /v1/upgrade HTTP/1.1\r\nHost: cowdisk\r\nContent-Length: 0\r\n\r\n";
+    let body = ask(stream, request, upgrade::PATIENCE + PATIENCE).context(what)?;
+    upgrade::read_answer(&body).ok_or_else(|| {
+        Error::new(ErrorKind::Io, what() + ": its answer is not understood")
+            .with_hint("cowdisk status shows which version serves")
+    })?
+}
+
+fn connect(store: &Store) -> Result<UnixStream> {
+    let what = || "connect to its control socket";
+    let folder = File::open(store.run_dir()?).context(what)?;
+    UnixStream::connect(short_path(&folder)).context(what)
+}
+
+/// The body of the response to a request, which comes within `patience`.
+fn ask(mut stream: UnixStream, request: &[u8], patience: Duration) -> Result<Vec<u8>> {
+    let what = || "talk over its control socket";
+    stream.set_read_timeout(Some(patience)).context(what)?;
     stream.set_write_timeout(Some(PATIENCE)).context(what)?;
-    stream.write_all(b"GET /v1/status HTTP/1.1\r\nHost: cowdisk\r\n\r\n").context(what)?;
+    stream.write_all(request).context(what)?;
     let mut response = Vec::new();
     stream.take(RESPONSE_BYTES_MAX).read_to_end(&mut response).context(what)?;
-    let strange = || Error::new(ErrorKind::Io, what() + ": it gives no good answer");
-    let body = http::body_of_response(&response).ok_or_else(strange)?;
-    serde_json::from_slice(body)
-        .map_err(|error| Error::caused(ErrorKind::Io, what() + ": its answer is not understood", error))
+    let strange = || Error::new(ErrorKind::Io, "it gives no good answer");
+    http::body_of_response(&response).map(<[u8]>::to_vec).ok_or_else(strange)
 }

@@ -1,4 +1,4 @@
-//! The little of HTTP/1.1 that the control socket speaks: one GET for each connection, without a body.
+//! The little of HTTP/1.1 that the control socket speaks: one request for each connection, without a body.
 //!
 //! Reading a request is a function of its bytes alone. Nothing of a request is kept, and nothing in it sets a size.
 
@@ -15,6 +15,8 @@ pub enum Route {
     Metrics,
     /// `GET /v1/status`: JSON.
     Status,
+    /// `POST /v1/upgrade`: another process takes over; JSON.
+    Upgrade,
 }
 
 /// Why a request is refused.
@@ -24,8 +26,8 @@ pub enum Refusal {
     Bad,
     /// Nothing has that name.
     NotFound,
-    /// Only GET is known.
-    Method,
+    /// It is asked for by another method.
+    Method(&'static str),
     /// It did not come in time.
     Late,
     /// It is longer than [`REQUEST_BYTES_MAX`] or has too many headers.
@@ -52,7 +54,7 @@ impl Refusal {
         match self {
             Self::Bad => "400 Bad Request",
             Self::NotFound => "404 Not Found",
-            Self::Method => "405 Method Not Allowed",
+            Self::Method(_) => "405 Method Not Allowed",
             Self::Late => "408 Request Timeout",
             Self::TooLarge => "431 Request Header Fields Too Large",
             Self::Failed => "500 Internal Server Error",
@@ -81,7 +83,9 @@ pub fn read_request(bytes: &[u8]) -> Request {
     match (request.method, request.path) {
         (Some("GET"), Some("/metrics")) => Request::Whole(Route::Metrics),
         (Some("GET"), Some("/v1/status")) => Request::Whole(Route::Status),
-        (_, Some("/metrics" | "/v1/status")) => Request::Refused(Refusal::Method),
+        (Some("POST"), Some("/v1/upgrade")) => Request::Whole(Route::Upgrade),
+        (_, Some("/metrics" | "/v1/status")) => Request::Refused(Refusal::Method("GET")),
+        (_, Some("/v1/upgrade")) => Request::Refused(Refusal::Method("POST")),
         _ => Request::Refused(Refusal::NotFound),
     }
 }
@@ -93,9 +97,12 @@ pub fn response(content_type: &str, body: &str) -> Vec<u8> {
 
 /// The response to a request that is refused.
 pub fn refusal(refusal: Refusal) -> Vec<u8> {
-    let allow = if refusal == Refusal::Method { "Allow: GET\r\n" } else { "" };
+    let allow = match refusal {
+        Refusal::Method(method) => format!("Allow: {method}\r\n"),
+        _ => String::new(),
+    };
     let body = format!("{}\n", refusal.status());
-    head(refusal.status(), "text/plain", allow, &body).into_bytes()
+    head(refusal.status(), "text/plain", &allow, &body).into_bytes()
 }
 
 fn head(status: &str, content_type: &str, more: &str, body: &str) -> String {
@@ -125,18 +132,23 @@ mod tests {
     }
 
     #[test]
-    fn the_two_requests_are_understood_and_nothing_else() {
+    fn the_three_requests_are_understood_and_nothing_else() {
         assert_eq!(read("GET /metrics HTTP/1.1\r\nHost: x\r\n\r\n"), Request::Whole(Route::Metrics));
         assert_eq!(read("GET /v1/status HTTP/1.0\r\n\r\n"), Request::Whole(Route::Status));
         assert_eq!(
             read("GET /metrics HTTP/1.1\r\nContent-Length: 0\r\n\r\n"),
             Request::Whole(Route::Metrics)
         );
+        assert_eq!(
+            read("POST /v1/upgrade HTTP/1.1\r\nContent-Length: 0\r\n\r\n"),
+            Request::Whole(Route::Upgrade)
+        );
         let refused = [
             ("GET / HTTP/1.1\r\n\r\n", Refusal::NotFound),
             ("GET /metrics?x=1 HTTP/1.1\r\n\r\n", Refusal::NotFound),
             ("GET /../metrics HTTP/1.1\r\n\r\n", Refusal::NotFound),
-            ("POST /v1/status HTTP/1.1\r\n\r\n", Refusal::Method),
+            ("POST /v1/status HTTP/1.1\r\n\r\n", Refusal::Method("GET")),
+            ("GET /v1/upgrade HTTP/1.1\r\n\r\n", Refusal::Method("POST")),
             ("GET /metrics HTTP/1.1\r\nContent-Length: 5\r\n\r\nhello", Refusal::Bad),
             ("GET /metrics HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n", Refusal::Bad),
             ("GET /metrics HTTP/2.0\r\n\r\n", Refusal::Bad),
@@ -169,6 +181,6 @@ mod tests {
             assert_eq!(body_of_response(&bytes[..len]), None, "{len} bytes");
         }
         assert_eq!(body_of_response(&refusal(Refusal::Busy)), None);
-        assert!(String::from_utf8(refusal(Refusal::Method)).unwrap().contains("\r\nAllow: GET\r\n"));
+        assert!(String::from_utf8(refusal(Refusal::Method("GET"))).unwrap().contains("\r\nAllow: GET\r\n"));
     }
 }

@@ -8,45 +8,34 @@
 //! by system calls that a killed process completes before it has ended, so nothing that a dead worker had begun can
 //! land on a disk after what its successor does.
 
-use std::fs::File;
-use std::os::fd::AsRawFd;
-use std::os::unix::process::{CommandExt, ExitStatusExt};
+use std::os::fd::OwnedFd;
 use std::path::Path;
-use std::process::{Child, Command, ExitStatus, Stdio};
-use std::sync::Arc;
+use std::process::ExitStatus;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
 use std::time::{Duration, Instant};
 
-use rustix::fs::{Mode, OFlags};
-
+use super::attendant;
 use super::backoff::Backoff;
 use super::confine::{Role, confine};
+use super::employ::{Estate, Event, Worker};
 use super::identity;
-use super::link::{ErrorWord, Handover, Link, PROTOCOL, ToKeeper, ToWorker};
+use super::link::{ErrorWord, Handover, PROTOCOL, ToKeeper, ToWorker};
 use super::mounted::Mounted;
 use super::mounts;
 use super::options::MountOptions;
+use super::program::Program;
 use super::serve::{raise_descriptor_limit, take};
 use super::signals::SignalWatch;
 use super::status::KeeperStatus;
 use super::unmounter::Unmounter;
-use super::worker;
-use crate::error::{Context, Error, ErrorKind, Result};
+use super::upgrade::{Asker, Stage, Upgrade};
+use crate::error::{Error, ErrorKind, Result};
 use crate::fs::Ledger;
-use crate::store::{ServeLock, Store, Timestamp};
+use crate::store::{Store, Timestamp};
 use crate::transport::{Connection, Transport};
 
-/// The program that is running, whatever has become of its file.
-const OWN_PROGRAM: &str = "/proc/self/exe";
-
-enum Event {
-    /// The name of a signal that asks the daemon to end.
-    Signal(&'static str),
-    /// The worker says something.
-    Word(ToKeeper),
-    /// The worker's process is gone for good.
-    Exited(ExitStatus),
-}
+/// Once a process was killed there is nothing to do but to wait for its end.
+const UNHURRIED: Duration = Duration::from_secs(3600);
 
 /// Mounts `store` on `mountpoint` and sees to it that it is served until it is taken away. See [`super::serve::serve`].
 pub(super) fn keep(
@@ -58,8 +47,7 @@ pub(super) fn keep(
     let (store, mountpoint, lock) = take(store, mountpoint, options)?;
     let source = mounts::absolute(store.dir())?;
     raise_descriptor_limit();
-    let flags = OFlags::PATH | OFlags::CLOEXEC;
-    let program = rustix::fs::open(OWN_PROGRAM, flags, Mode::empty()).context(|| "find this program")?;
+    let program = Program::own()?;
     let unmounter = Unmounter::new(&mountpoint)?;
     // Taken away again, when this is dropped, if nobody serves it.
     let (mounted, device) =
@@ -86,6 +74,7 @@ pub(super) fn keep(
             pid: std::process::id(),
             version: env!("CARGO_PKG_VERSION").to_owned(),
             restarts: 0,
+            upgrades: 0,
             last_end: None,
         },
     };
@@ -94,87 +83,29 @@ pub(super) fn keep(
             "this kernel is older than 6.9: should the process that serves crash, the mount is cut off"
         );
     }
-    let estate = Estate { lock, ledger, connection, program: program.into(), handover };
-    let keeper = Keeper { estate, events, inbox, unmounter: &unmounter, pending: Vec::new(), worker: None };
+    let keeper = Keeper {
+        estate: Estate { lock, ledger, connection, handover },
+        program,
+        started: 0,
+        events,
+        inbox,
+        unmounter: &unmounter,
+        leave: None,
+        worker: None,
+        upgrade: None,
+    };
     keeper.run(|| {
         mounted.answered();
         on_ready();
     })
 }
 
-/// What passes from worker to worker.
-struct Estate {
-    lock: ServeLock,
-    ledger: Ledger,
-    connection: Connection,
-    program: File,
-    handover: Handover,
-}
-
-/// A process that serves, or is about to.
-struct Worker {
-    link: Arc<Link>,
-    begun: Instant,
-    is_ready: bool,
-    /// Why it cannot serve, in its own words.
-    failure: Option<Error>,
-    /// What it said when it had closed everything.
-    farewell: Option<Vec<ErrorWord>>,
-}
-
-impl Estate {
-    /// Starts a worker and hands everything over. `events` is told what it says and how it ends.
-    fn start_worker(&self, events: Sender<Event>) -> Result<Worker> {
-        let what = || "start the process that serves";
-        let (link, theirs) = Link::pair()?;
-        let mut arguments = std::env::args_os();
-        let mut command = Command::new(format!("/proc/self/fd/{}", self.program.as_raw_fd()));
-        command.arg0(arguments.next().unwrap_or_else(|| "cowdisk".into()));
-        command.args(arguments).env(worker::VARIABLE, "1").stdin(Stdio::from(theirs)).stdout(Stdio::null());
-        let child = command.spawn().context(what)?;
-        // It holds the worker's end of the socket, whose last owner must be the worker.
-        drop(command);
-        let link = Arc::new(link);
-        let heard = Arc::clone(&link);
-        let follow = move || follow(child, &heard, &events);
-        std::thread::Builder::new().name("worker".to_owned()).spawn(follow).context(what)?;
-        let mut descriptors = vec![self.lock.descriptor(), self.ledger.descriptor()];
-        descriptors.extend(self.connection.descriptors());
-        if let Err(error) = link.tell(&self.handover, &descriptors) {
-            log::error!("hand over: {error}");
-            // It hears the end in place of a handover, and ends.
-            link.close();
-        }
-        let begun = Instant::now();
-        Ok(Worker { link, begun, is_ready: false, failure: None, farewell: None })
-    }
-}
-
-/// Passes on what a worker says, and how it ended once its process is gone for good.
-fn follow(mut child: Child, link: &Link, events: &Sender<Event>) {
-    loop {
-        match link.hear() {
-            Ok(Some((word, _))) => drop(events.send(Event::Word(word))),
-            Ok(None) => break,
-            Err(error) => log::warn!("{error}"),
-        }
-    }
-    match child.wait() {
-        Ok(status) => drop(events.send(Event::Exited(status))),
-        // Whoever started us has had SIGCHLD ignored: the kernel then lets us wait until the child is gone for good, and
-        // keeps to itself how it ended.
-        Err(error) if error.raw_os_error() == Some(libc::ECHILD) => {
-            drop(events.send(Event::Exited(ExitStatus::from_raw(1 << 8))));
-        }
-        // Not knowing whether it lives, another must not be started.
-        Err(error) => log::error!("wait for the process that serves: {error}"),
-    }
-}
-
 /// How a worker has ended.
 enum End {
     /// With the mount.
     Mount(Vec<ErrorWord>),
+    /// In order, for another to take over.
+    HandedOver,
     /// In some other way.
     Death(Death),
 }
@@ -183,17 +114,24 @@ struct Death {
     /// Why, in its own words or as its process ended.
     why: Error,
     was_ready: bool,
+    /// It may have had requests.
+    had_read: bool,
     life: Duration,
 }
 
 struct Keeper<'a> {
     estate: Estate,
+    /// What workers are started from.
+    program: Program,
+    /// How many were started.
+    started: u64,
     events: Sender<Event>,
     inbox: Receiver<Event>,
     unmounter: &'a Unmounter,
-    /// Signals that no worker has been told of.
-    pending: Vec<&'static str>,
+    /// The last signal that asks the daemon to end, and when it came. Each worker is told of it as long as one would heed it.
+    leave: Option<(&'static str, Instant)>,
     worker: Option<Worker>,
+    upgrade: Option<Upgrade>,
 }
 
 impl Keeper<'_> {
@@ -201,59 +139,227 @@ impl Keeper<'_> {
         let mut on_ready = Some(on_ready);
         let mut backoff = Backoff::default();
         loop {
-            let end = match self.estate.start_worker(self.events.clone()) {
+            let end = match self.next_worker() {
                 Ok(worker) => {
                     self.worker = Some(worker);
                     self.follow_worker(&mut on_ready)?
                 }
-                Err(why) => End::Death(Death { why, was_ready: false, life: Duration::ZERO }),
+                Err(why) => {
+                    End::Death(Death { why, was_ready: false, had_read: false, life: Duration::ZERO })
+                }
             };
             self.worker = None;
             match end {
-                End::Mount(errors) => return farewell(errors),
+                End::Mount(errors) => {
+                    self.fail_upgrade(Error::new(ErrorKind::NotFound, "the mount has been taken away"));
+                    return farewell(errors);
+                }
+                End::HandedOver => {}
                 End::Death(death) if on_ready.is_some() => return Err(death.why),
-                End::Death(death) => self.bury(&death, &mut backoff)?,
+                End::Death(death) => self.bury(death, &mut backoff).inspect_err(|why| {
+                    self.fail_upgrade(Error::new(why.kind(), why.to_string()));
+                })?,
             }
+            let can_resend = self.estate.connection.can_resend();
+            let handover = &mut self.estate.handover;
+            (handover.is_first, handover.resend) = (false, can_resend);
         }
+    }
+
+    /// The process that is to serve now: the one that stands by to take over, if there is one.
+    fn next_worker(&mut self) -> Result<Worker> {
+        let mut handover = self.estate.handover.clone();
+        let worker = match self.upgrade.as_mut().and_then(Upgrade::take_over) {
+            Some(candidate) => {
+                // It is there to say so only if it succeeds.
+                handover.keeper.upgrades += 1;
+                candidate
+            }
+            None => self.start_worker(None)?,
+        };
+        self.estate.pass_to(&worker, &handover);
+        Ok(worker)
+    }
+
+    /// Starts a process from `program`, or from the one that has served.
+    fn start_worker(&mut self, program: Option<&Program>) -> Result<Worker> {
+        self.started += 1;
+        Worker::start(program.unwrap_or(&self.program), self.started, self.events.clone())
     }
 
     /// Does what the worker asks for until it has ended.
     fn follow_worker(&mut self, on_ready: &mut Option<impl FnOnce()>) -> Result<End> {
         loop {
-            let gone = |_| Error::new(ErrorKind::Io, "the keeper's threads are gone");
-            let event = self.inbox.recv().map_err(gone)?;
+            let Some(event) = self.next_event(self.upgrade.as_ref().map(|upgrade| upgrade.until))? else {
+                self.hurry_upgrade();
+                continue;
+            };
             let Some(worker) = &mut self.worker else {
                 return Err(Error::new(ErrorKind::Io, "no process serves"));
             };
             match event {
-                Event::Signal(name) if worker.is_ready => tell(worker, &ToWorker::Leave(name.to_owned())),
-                Event::Signal(name) => self.pending.push(name),
-                Event::Word(ToKeeper::Ready) => {
-                    worker.is_ready = true;
-                    if let Some(on_ready) = on_ready.take() {
-                        on_ready();
-                    }
-                    for name in self.pending.drain(..) {
-                        tell(worker, &ToWorker::Leave(name.to_owned()));
+                Event::Signal(name) => {
+                    self.leave = Some((name, Instant::now()));
+                    if worker.is_ready {
+                        worker.tell(&ToWorker::Leave(name.to_owned()));
                     }
                 }
-                Event::Word(ToKeeper::Failed(word)) => worker.failure = Some(word.into_error()),
-                Event::Word(ToKeeper::Unmount) => {
-                    let failure = self.unmounter.unmount().err();
-                    tell(worker, &ToWorker::Unmounted(failure.as_ref().map(ErrorWord::from)));
+                Event::Word(number, word, descriptors) if number == worker.number => {
+                    self.heed(word, descriptors, on_ready);
                 }
-                Event::Word(ToKeeper::Ended(errors)) => worker.farewell = Some(errors),
-                Event::Exited(status) => {
-                    let life = worker.begun.elapsed();
-                    let ended =
-                        || Error::new(ErrorKind::Io, format!("the process that serves has ended ({status})"));
-                    let why = worker.failure.take().unwrap_or_else(ended);
-                    return Ok(match worker.farewell.take() {
-                        Some(errors) => End::Mount(errors),
-                        None => End::Death(Death { why, was_ready: worker.is_ready, life }),
-                    });
+                Event::Exited(number, status) if number == worker.number => return Ok(end(worker, status)),
+                other => self.note(other),
+            }
+        }
+    }
+
+    /// The next event, or `None` if there is none until then.
+    fn next_event(&self, until: Option<Instant>) -> Result<Option<Event>> {
+        let gone = || Error::new(ErrorKind::Io, "the keeper's threads are gone");
+        let Some(until) = until else { return self.inbox.recv().map(Some).map_err(|_| gone()) };
+        match self.inbox.recv_timeout(until.saturating_duration_since(Instant::now())) {
+            Ok(event) => Ok(Some(event)),
+            Err(RecvTimeoutError::Timeout) => Ok(None),
+            Err(RecvTimeoutError::Disconnected) => Err(gone()),
+        }
+    }
+
+    /// Does what the worker asks for.
+    fn heed(&mut self, word: ToKeeper, descriptors: Vec<OwnedFd>, on_ready: &mut Option<impl FnOnce()>) {
+        let Some(worker) = &mut self.worker else { return };
+        match word {
+            ToKeeper::Hello { version, .. } => worker.version = Some(version),
+            ToKeeper::Reading => worker.reads = true,
+            ToKeeper::Ready => {
+                worker.is_ready = true;
+                if let Some(on_ready) = on_ready.take() {
+                    on_ready();
+                }
+                if let Some((name, since)) = self.leave
+                    && since.elapsed() < attendant::PATIENCE
+                {
+                    worker.tell(&ToWorker::Leave(name.to_owned()));
+                }
+                self.go_on_upgrading();
+            }
+            ToKeeper::Failed(word) => worker.failure = Some(word.into_error()),
+            ToKeeper::Unmount => {
+                let failure = self.unmounter.unmount().err();
+                worker.tell(&ToWorker::Unmounted(failure.as_ref().map(ErrorWord::from)));
+            }
+            ToKeeper::Ended(errors) => worker.farewell = Some(errors),
+            ToKeeper::Upgrade => {
+                if let Some(socket) = descriptors.into_iter().next() {
+                    self.begin_upgrade(Asker::new(socket));
                 }
             }
+            ToKeeper::HandedOver { pause_milliseconds } => {
+                worker.handed_over = Some((Duration::from_millis(pause_milliseconds), Instant::now()));
+                if let Some(upgrade) = &mut self.upgrade {
+                    upgrade.note_stopped(worker.handed_over);
+                }
+            }
+            ToKeeper::ServesOn(word) => self.fail_upgrade(word.into_error()),
+        }
+    }
+
+    /// Starts the program that is in the place of ours now, without disturbing the worker.
+    fn begin_upgrade(&mut self, asker: Asker) {
+        let from =
+            self.worker.as_ref().filter(|worker| worker.is_ready).and_then(|worker| worker.version.clone());
+        let begun = match (from, &self.upgrade) {
+            (Some(from), None) => self.program.successor().and_then(|program| {
+                let candidate = self.start_worker(Some(&program))?;
+                Ok((program, candidate, from))
+            }),
+            _ => Err(Error::new(ErrorKind::Busy, "another process is taking over already")),
+        };
+        match begun {
+            Ok((program, candidate, from)) => {
+                log::info!("upgrade: starting {}", program.path().display());
+                self.upgrade = Some(Upgrade::new(program, candidate, from, asker));
+            }
+            Err(error) => {
+                log::warn!("upgrade: {error}");
+                asker.answer(Err(error));
+            }
+        }
+    }
+
+    /// Notes what is not the worker's: a signal, or what becomes of the candidate. Of others nothing is wanted any more.
+    fn note(&mut self, event: Event) {
+        let candidate = self.upgrade.as_mut().and_then(Upgrade::candidate);
+        match (event, candidate) {
+            (Event::Signal(name), _) => self.leave = Some((name, Instant::now())),
+            (Event::Word(number, ToKeeper::Hello { protocol, version }, _), Some(candidate))
+                if number == candidate.number =>
+            {
+                self.consider(protocol, version);
+            }
+            (Event::Word(number, ToKeeper::Failed(word), _), Some(candidate))
+                if number == candidate.number =>
+            {
+                candidate.failure = Some(word.into_error());
+            }
+            (Event::Exited(number, status), Some(candidate)) if number == candidate.number => {
+                let why = candidate.why(status);
+                self.fail_upgrade(why);
+            }
+            _ => {}
+        }
+    }
+
+    /// The candidate has said what it is.
+    fn consider(&mut self, protocol: u32, version: String) {
+        let Some(upgrade) = &mut self.upgrade else { return };
+        match upgrade.stand_by(protocol, version) {
+            Err(why) => self.fail_upgrade(why),
+            Ok(()) if self.worker.as_ref().is_some_and(|worker| worker.is_ready) => self.go_on_upgrading(),
+            // Told to the worker that is about to serve, once it does.
+            Ok(()) => {}
+        }
+    }
+
+    /// Something takes too long.
+    fn hurry_upgrade(&mut self) {
+        let Some(upgrade) = &mut self.upgrade else { return };
+        let Some(worker) = &mut self.worker else { return };
+        let late = |what: &str| Error::new(ErrorKind::Io, format!("{what} in time"));
+        match &upgrade.stage {
+            Stage::Starting(_) => self.fail_upgrade(late("it has not said what it is")),
+            // It has answered everything, so nothing is lost, and its end is all that is waited for.
+            Stage::StandingBy(_) if worker.handed_over.is_some() => {
+                worker.kill();
+                upgrade.until += UNHURRIED;
+            }
+            Stage::StandingBy(_) => self.fail_upgrade(late("the process that serves has not stopped")),
+            Stage::TakingOver => {
+                worker.failure = Some(late("it has not begun to serve"));
+                worker.kill();
+                upgrade.until += UNHURRIED;
+            }
+        }
+    }
+
+    /// The worker serves. If it was to take over, it has; if another one stands by, it is to hand over.
+    fn go_on_upgrading(&mut self) {
+        let (Some(upgrade), Some(worker)) = (&self.upgrade, &self.worker) else { return };
+        match upgrade.stage {
+            Stage::Starting(_) => {}
+            Stage::StandingBy(_) => worker.tell(&ToWorker::HandOver),
+            Stage::TakingOver => {
+                let version = worker.version.clone().unwrap_or_default();
+                if let Some(upgrade) = self.upgrade.take() {
+                    self.estate.handover.keeper.upgrades += 1;
+                    self.program = upgrade.succeed(version);
+                }
+            }
+        }
+    }
+
+    fn fail_upgrade(&mut self, why: Error) {
+        if let Some(upgrade) = self.upgrade.take() {
+            upgrade.fail(why);
         }
     }
 
@@ -261,9 +367,9 @@ impl Keeper<'_> {
     ///
     /// # Errors
     /// If there will be none.
-    fn bury(&mut self, death: &Death, backoff: &mut Backoff) -> Result<()> {
-        let Death { why, was_ready, life } = death;
-        if !self.estate.connection.can_resend() {
+    fn bury(&mut self, death: Death, backoff: &mut Backoff) -> Result<()> {
+        let Death { why, was_ready, had_read, life } = death;
+        if had_read && !self.estate.connection.can_resend() {
             return Err(Error::new(ErrorKind::Io, why.to_string())
                 .with_hint("this kernel, older than 6.9, cannot send its requests to another: mount again"));
         }
@@ -273,7 +379,7 @@ impl Keeper<'_> {
                 "nothing is lost as long as the host stays up: opening a disk again takes up its live map",
             ));
         }
-        let patience = backoff.after(*life);
+        let patience = backoff.after(life);
         let (lived, wait) = (life.as_secs_f32(), patience.as_secs_f32());
         match backoff.deaths() {
             0..10 => log::error!("{why}, after {lived:.1} s; another one takes over in {wait} s"),
@@ -281,32 +387,40 @@ impl Keeper<'_> {
                 "{why}, {deaths} times now, as soon as it has begun: guests wait; another one takes over in {wait} s"
             ),
         }
-        let handover = &mut self.estate.handover;
-        handover.keeper.restarts += 1;
-        handover.keeper.last_end = Some(why.to_string());
-        (handover.is_first, handover.resend) = (false, true);
-        self.wait(patience);
-        Ok(())
+        let keeper = &mut self.estate.handover.keeper;
+        keeper.restarts += 1;
+        keeper.last_end = Some(why.to_string());
+        if self.upgrade.as_ref().is_some_and(|upgrade| matches!(upgrade.stage, Stage::TakingOver)) {
+            self.fail_upgrade(why.context("the program of before takes over again"));
+        }
+        self.wait(patience)
     }
 
-    /// Lets time pass, and keeps what comes meanwhile for the next worker.
-    fn wait(&mut self, patience: Duration) {
+    /// Lets time pass until the next worker may begin, or until one that stands by is to take over.
+    fn wait(&mut self, patience: Duration) -> Result<()> {
         let end = Instant::now() + patience;
-        loop {
-            let left = end.saturating_duration_since(Instant::now());
-            match self.inbox.recv_timeout(left) {
-                Ok(Event::Signal(name)) => self.pending.push(name),
-                Ok(Event::Word(_) | Event::Exited(_)) => {}
-                Err(RecvTimeoutError::Timeout | RecvTimeoutError::Disconnected) => return,
+        let stands_by = |upgrade: &Upgrade| matches!(upgrade.stage, Stage::StandingBy(_));
+        while !self.upgrade.as_ref().is_some_and(stands_by) {
+            match self.next_event(Some(end))? {
+                Some(event) => self.note(event),
+                None => break,
             }
         }
+        Ok(())
     }
 }
 
-fn tell(worker: &Worker, word: &ToWorker) {
-    // A worker that has ended hears nothing; its end is the next event.
-    if let Err(error) = worker.link.tell(word, &[]) {
-        log::debug!("{error}");
+/// How a worker whose process is gone has ended.
+fn end(worker: &mut Worker, status: ExitStatus) -> End {
+    match (worker.farewell.take(), worker.handed_over) {
+        (Some(errors), _) => End::Mount(errors),
+        (None, Some(_)) => End::HandedOver,
+        (None, None) => End::Death(Death {
+            why: worker.why(status),
+            was_ready: worker.is_ready,
+            had_read: worker.reads,
+            life: worker.life(),
+        }),
     }
 }
 

@@ -18,8 +18,9 @@ use super::status::KeeperStatus;
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::store::Timestamp;
 
-/// The version of all that is in this file.
-pub(super) const PROTOCOL: u32 = 1;
+/// The version of all that is in this file, but for the form of [`ToKeeper::Hello`], which never changes: by it processes of
+/// different versions find out about each other.
+pub(super) const PROTOCOL: u32 = 2;
 
 /// Longest message, in bytes.
 const BYTES_MAX: usize = 64 << 10;
@@ -51,12 +52,23 @@ pub(super) enum ToWorker {
     Leave(String),
     /// The mount was taken away, or why not.
     Unmounted(Option<ErrorWord>),
+    /// Another process stands by: answer what was read, say so and end.
+    HandOver,
 }
 
 /// What a keeper is told.
 #[derive(Debug, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub(super) enum ToKeeper {
+    /// The first word of every worker, before it hears anything.
+    Hello {
+        /// Its [`PROTOCOL`].
+        protocol: u32,
+        /// Its version.
+        version: String,
+    },
+    /// From now on it reads requests, which would be lost with it on kernels that do not send them again.
+    Reading,
     /// Requests are answered.
     Ready,
     /// They will not be, for this reason.
@@ -65,6 +77,15 @@ pub(super) enum ToKeeper {
     Unmount,
     /// The mount is gone and every disk is closed; what went wrong.
     Ended(Vec<ErrorWord>),
+    /// Have the program that is now where this one came from take over. With it comes the socket of whoever asks.
+    Upgrade,
+    /// Every request that was read is answered, and no more is read; disks are left open. It ends now.
+    HandedOver {
+        /// For how long it has read none.
+        pause_milliseconds: u64,
+    },
+    /// It could not stop, for this reason, and serves on.
+    ServesOn(ErrorWord),
 }
 
 /// An error on its way to another process.

@@ -51,6 +51,12 @@ pub(super) fn page(identity: &Identity, fs: &Fs) -> Result<String> {
     if let Some(keeper) = identity.keeper() {
         let help = "How often another process took over from one that had died.";
         page.single("cowdisk_restarts_total", "counter", help, keeper.restarts.into());
+        let help = "How often another process took over in order.";
+        page.single("cowdisk_upgrades_total", "counter", help, keeper.upgrades.into());
+        let name = "cowdisk_keeper_info";
+        page.metric(name, "gauge", "Version of the process that keeps the mount.");
+        // Of a keeper that may be older, but still one of ours: a version needs no escaping.
+        page.value(name, &format!("version=\"{}\"", keeper.version), 1);
     }
     requests(&mut page, fs);
     disks(&mut page, fs);

@@ -11,6 +11,7 @@ mod background;
 mod backoff;
 mod confine;
 mod control;
+mod employ;
 mod farewell;
 mod holders;
 mod http;
@@ -22,6 +23,7 @@ mod mounted;
 mod mountpoint;
 mod mounts;
 mod options;
+mod program;
 mod readiness;
 mod seccomp;
 mod serve;
@@ -29,11 +31,12 @@ mod signals;
 mod status;
 mod unmount;
 mod unmounter;
+mod upgrade;
 mod worker;
 
 use std::path::Path;
 
-pub use control::status;
+pub use control::{status, upgrade};
 pub use holders::{Holder, holders};
 pub use http::{REQUEST_BYTES_MAX, Refusal, Request, Route, read_request};
 pub use identity::{Keep, as_owner, as_owner_of, become_owner};
@@ -42,6 +45,7 @@ pub use options::{FLUSH_SECONDS, FLUSH_SECONDS_MAX, MountOptions, THREADS_MAX};
 pub use readiness::{LOG_VARIABLE, SpawnRequest};
 pub use status::{DiskStatus, HostStatus, KeeperStatus, Status};
 pub use unmount::unmount;
+pub use upgrade::Upgraded;
 
 use readiness::Readiness;
 use serve::serve;

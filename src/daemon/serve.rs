@@ -6,7 +6,7 @@ use std::sync::mpsc::{Sender, channel};
 
 use rustix::process::{Resource, Rlimit};
 
-use super::attendant::{Attendant, Event};
+use super::attendant::{Attendant, Attended, Event};
 use super::background::{Background, report};
 use super::confine::{Role, confine};
 use super::control::Control;
@@ -94,7 +94,7 @@ fn serve_alone(
     let signals = watch_signals(&events)?;
     let background = Background::start(Arc::clone(&fs), options.flush_seconds)?;
     let session = Session::begin(device, Arc::clone(&fs), options.threads(Transport::Fuser))?;
-    await_end(session, events)?;
+    await_end(Arc::new(session), events)?;
     mounted.answered();
     // Nobody's disk depends on it.
     let identity = Identity::new(&source, &mountpoint, options, Timestamp::now(), None);
@@ -103,8 +103,13 @@ fn serve_alone(
     log::info!("serving {} on {} by the transport fuser", source.display(), mountpoint.display());
     log::info!("with that transport no other process can take over from this one");
     on_ready();
-    let attendant = Attendant { inbox, mountpoint, device: number, fs: &fs, unmounter, patience: None };
-    let ended = attendant.attend();
+    let mut attendant = Attendant { inbox, mountpoint, device: number, fs: &fs, unmounter, patience: None };
+    // Nobody tells this process to hand over.
+    let ended = loop {
+        if let Attended::Ended(ended) = attendant.attend() {
+            break ended;
+        }
+    };
     drop(control);
     drop(background);
     drop(signals);
@@ -130,7 +135,7 @@ pub(super) fn watch_signals(events: &Sender<Event>) -> Result<SignalWatch> {
 }
 
 /// Tells `events` when the session has ended.
-pub(super) fn await_end(session: Session, events: Sender<Event>) -> Result<()> {
+pub(super) fn await_end(session: Arc<Session>, events: Sender<Event>) -> Result<()> {
     let wait = move || {
         // Nobody listens only when the daemon has ended anyway.
         let _ = events.send(Event::Ended(session.wait()));

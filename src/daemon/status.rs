@@ -1,5 +1,6 @@
 //! What a daemon tells about itself: as JSON for programs and for `cowdisk status`.
 
+use std::os::fd::BorrowedFd;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -7,7 +8,7 @@ use serde::{Deserialize, Serialize};
 
 use super::options::MountOptions;
 use super::worker::KeeperLink;
-use crate::error::Result;
+use crate::error::{Error, ErrorKind, Result};
 use crate::fs::{DiskState, Fs};
 use crate::store::{SpaceNow, Timestamp};
 use crate::transport::Transport;
@@ -50,7 +51,10 @@ pub struct KeeperStatus {
     pub version: String,
     /// How often another process had to take over from one that died.
     pub restarts: u32,
-    /// How the last one ended.
+    /// How often another process took over in order, as `cowdisk upgrade` has it.
+    #[serde(default)]
+    pub upgrades: u32,
+    /// How the last one that died ended.
     pub last_end: Option<String>,
 }
 
@@ -142,6 +146,20 @@ impl Identity {
     /// The process that keeps the mount, unless it has died.
     pub(super) fn keeper(&self) -> Option<&KeeperStatus> {
         self.keeper.as_ref().filter(|(_, link)| !link.is_gone()).map(|(keeper, _)| keeper)
+    }
+
+    /// Asks that process to have another one take over from this one, and to tell `asker` what came of it.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Unsupported`] if there is none.
+    pub(super) fn upgrade(&self, asker: BorrowedFd<'_>) -> Result<()> {
+        match &self.keeper {
+            Some((_, link)) => link.upgrade(asker),
+            None => {
+                let message = format!("the transport {} cannot be handed over", self.transport);
+                Err(Error::new(ErrorKind::Unsupported, message).with_hint("unmount, and mount again"))
+            }
+        }
     }
 
     /// When it began to serve.

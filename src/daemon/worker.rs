@@ -3,16 +3,20 @@
 //! It takes over where the last one left off, first or not: with the ledger of open files, the live maps of their disks
 //! and what the kernel sends again. It is confined before it looks at any of that, and holds no capability at all: for
 //! unmounting it asks the keeper. If the keeper dies it serves on, alone, and says so.
+//!
+//! Asked to hand over, it stops its background, then reading, answers all that it had read, says so, and ends with its disks
+//! open, as if it had been killed at a moment when nothing was under way. If that takes too long it serves on.
 
-use std::os::fd::OwnedFd;
+use std::os::fd::{BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, Sender, channel};
+use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
 
-use super::attendant::{Attendant, Event};
+use super::attendant::{Attendant, Attended, Event};
 use super::background::Background;
 use super::confine::{Role, confine};
 use super::control::Control;
@@ -30,6 +34,12 @@ use crate::transport::{Connection, Session, Transport};
 
 /// Set to 1 in the environment of a process whose standard input is a socket to its keeper.
 pub(super) const VARIABLE: &str = "COWDISK_KEPT";
+
+/// How long the background may take for what it is at, before a hand-over. Requests are answered meanwhile.
+pub(super) const BACKGROUND_PATIENCE: Duration = Duration::from_secs(10);
+
+/// How long requests that were read may take then. Others wait meanwhile.
+pub(super) const REQUEST_PATIENCE: Duration = Duration::from_secs(2);
 
 /// Whether this process was started by a keeper.
 pub(super) fn is_wanted() -> bool {
@@ -64,6 +74,18 @@ impl KeeperLink {
         }
     }
 
+    /// Has the keeper see to it that the program which is now where this one came from takes over, and tell the result to
+    /// `asker`.
+    ///
+    /// # Errors
+    /// If the keeper has died.
+    pub(super) fn upgrade(&self, asker: BorrowedFd<'_>) -> Result<()> {
+        self.link.tell(&ToKeeper::Upgrade, &[asker]).map_err(|_| {
+            Error::new(ErrorKind::Unsupported, "the keeper of the mount has died, and only it could upgrade")
+                .with_hint("unmount, and mount again")
+        })
+    }
+
     /// Whether it has died.
     pub(super) fn is_gone(&self) -> bool {
         self.is_gone.load(Ordering::Acquire)
@@ -85,6 +107,9 @@ struct Inheritance {
 /// Why it cannot serve, which the keeper was told as well; what could not be made durable at the end.
 pub(super) fn work(store: &Path, options: &MountOptions) -> Result<()> {
     let link = Link::from_stdin()?;
+    let version = env!("CARGO_PKG_VERSION").to_owned();
+    // Whoever has ended meanwhile hears nothing.
+    let _ = link.tell(&ToKeeper::Hello { protocol: PROTOCOL, version }, &[]);
     let result = receive(&link).and_then(|inheritance| Worker::start(store, options, inheritance));
     match result {
         Ok(worker) => worker.serve(link),
@@ -98,7 +123,8 @@ pub(super) fn work(store: &Path, options: &MountOptions) -> Result<()> {
 
 fn receive(link: &Link) -> Result<Inheritance> {
     let strange = || Error::new(ErrorKind::Unsupported, "the keeper of this mount hands over something else");
-    let (handover, descriptors) = link.hear::<Handover>()?.ok_or_else(strange)?;
+    let unneeded = || Error::new(ErrorKind::Interrupted, "the keeper of this mount has nothing to hand over");
+    let (handover, descriptors) = link.hear::<Handover>()?.ok_or_else(unneeded)?;
     if handover.protocol != PROTOCOL {
         let message = format!(
             "the keeper of this mount speaks version {} of its protocol, not {PROTOCOL}",
@@ -159,8 +185,9 @@ impl<'a> Worker<'a> {
         let heir = Heir { lock, mountpoint: mountpoint.clone(), options: options.clone() };
         listen(&keeper, events.clone(), answered, heir)?;
         let threads = options.threads(Transport::DevFuse);
-        let session = Session::take_over(connection, Arc::clone(&fs), threads, handover.resend)?;
-        await_end(session, events)?;
+        let _ = keeper.link.tell(&ToKeeper::Reading, &[]);
+        let session = Arc::new(Session::take_over(connection, Arc::clone(&fs), threads, handover.resend)?);
+        await_end(Arc::clone(&session), events)?;
         // Nobody's disk depends on it.
         let known = Some((handover.keeper.clone(), Arc::clone(&keeper)));
         let identity = Identity::new(&source, &mountpoint, options, handover.started, known);
@@ -170,26 +197,62 @@ impl<'a> Worker<'a> {
         // A keeper that has died meanwhile is told nothing.
         let _ = keeper.link.tell(&ToKeeper::Ready, &[]);
         let unmounter = Unmounter::by_keeper(mountpoint.clone(), Arc::clone(&keeper));
-        let ended =
-            Attendant { inbox, mountpoint, device: handover.device, fs: &fs, unmounter, patience: None }
-                .attend();
+        let mut attendant =
+            Attendant { inbox, mountpoint, device: handover.device, fs: &fs, unmounter, patience: None };
+        let ended = loop {
+            match attendant.attend() {
+                Attended::Ended(ended) => break ended,
+                Attended::HandOver if hand_over(&keeper, &background, &session) => return Ok(()),
+                Attended::HandOver => {}
+            }
+        };
         drop(control);
         drop(background);
         drop(signals);
         // A session that failed is as if this process had died: no disk is closed, and the next one takes over, if any can.
         let ended = if keeper.is_gone() { ended } else { Ok(ended?) };
-        let errors = close(ended, &fs);
         let speaker = if keeper.is_gone() { std::process::id() } else { handover.keeper.pid };
-        if let Err(error) = Farewell::write(&run_dir, speaker, &errors) {
-            log::warn!("leave word of the end: {error}");
-        }
-        let words = errors.iter().map(ErrorWord::from).collect();
-        let _ = keeper.link.tell(&ToKeeper::Ended(words), &[]);
-        match errors.into_iter().next() {
-            Some(error) => Err(error),
-            None => Ok(()),
-        }
+        take_leave(&keeper, close(ended, &fs), &run_dir, speaker)
     }
+}
+
+/// Says that all is closed, and what went wrong, to the keeper and to whoever unmounted; `speaker` is the process that he
+/// knows.
+fn take_leave(keeper: &KeeperLink, errors: Vec<Error>, run_dir: &Path, speaker: u32) -> Result<()> {
+    if let Err(error) = Farewell::write(run_dir, speaker, &errors) {
+        log::warn!("leave word of the end: {error}");
+    }
+    let words = errors.iter().map(ErrorWord::from).collect();
+    let _ = keeper.link.tell(&ToKeeper::Ended(words), &[]);
+    match errors.into_iter().next() {
+        Some(error) => Err(error),
+        None => Ok(()),
+    }
+}
+
+/// Stops, so that another process can take over, and says whether this one has.
+fn hand_over(keeper: &KeeperLink, background: &Background, session: &Session) -> bool {
+    let mut begun = Instant::now();
+    let stopped = if background.pause(BACKGROUND_PATIENCE) {
+        begun = Instant::now();
+        session.hand_over(REQUEST_PATIENCE)
+    } else {
+        let seconds = BACKGROUND_PATIENCE.as_secs();
+        let message = format!("a flush in the background has not ended after {seconds} s");
+        Err(Error::new(ErrorKind::Busy, message))
+    };
+    let told = stopped.and_then(|()| {
+        let pause_milliseconds = u64::try_from(begun.elapsed().as_millis()).unwrap_or(u64::MAX);
+        log::info!("handing over after {pause_milliseconds} ms");
+        // Without a keeper nobody takes over.
+        let told = keeper.link.tell(&ToKeeper::HandedOver { pause_milliseconds }, &[]);
+        told.map_err(|error| session.take_back().err().unwrap_or(error))
+    });
+    let Err(error) = told else { return true };
+    background.resume();
+    log::warn!("serving on: {error}");
+    let _ = keeper.link.tell(&ToKeeper::ServesOn(ErrorWord::from(&error)), &[]);
+    false
 }
 
 /// What is to be done when the keeper dies.
@@ -224,6 +287,7 @@ fn listen(
             match keeper.link.hear() {
                 Ok(Some((ToWorker::Leave(signal), _))) => drop(events.send(Event::Signal(signal))),
                 Ok(Some((ToWorker::Unmounted(failure), _))) => drop(answered.send(failure)),
+                Ok(Some((ToWorker::HandOver, _))) => drop(events.send(Event::HandOver)),
                 Ok(None) => break,
                 Err(error) => log::warn!("{error}"),
             }

@@ -15,6 +15,7 @@ use std::fmt;
 use std::os::fd::OwnedFd;
 use std::str::FromStr;
 use std::sync::Arc;
+use std::time::Duration;
 
 pub use dev_fuse::Connection;
 
@@ -112,10 +113,36 @@ impl Session {
     ///
     /// # Errors
     /// If a thread ended before that.
-    pub fn wait(self) -> Result<()> {
+    pub fn wait(&self) -> Result<()> {
         match self {
             Self::DevFuse(session) => session.wait(),
             Self::Fuser(session) => session.wait(),
+        }
+    }
+
+    /// Stops reading requests and answers all that were read, so that another process can take over when this one has
+    /// ended; [`Session::wait`] never returns then.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Unsupported`] with a transport that cannot be taken over; [`ErrorKind::Busy`] if not all is answered within
+    /// `patience`. The session goes on then.
+    pub fn hand_over(&self, patience: Duration) -> Result<()> {
+        match self {
+            Self::DevFuse(session) => session.hand_over(patience),
+            Self::Fuser(_) => {
+                Err(Error::new(ErrorKind::Unsupported, "the transport fuser cannot be handed over"))
+            }
+        }
+    }
+
+    /// Reads requests again after [`Session::hand_over`].
+    ///
+    /// # Errors
+    /// Those of the host; [`Session::wait`] returns them, too.
+    pub fn take_back(&self) -> Result<()> {
+        match self {
+            Self::DevFuse(session) => session.take_back(),
+            Self::Fuser(_) => Ok(()),
         }
     }
 }

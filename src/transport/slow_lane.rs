@@ -5,6 +5,7 @@ use std::collections::{HashMap, VecDeque};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::thread::JoinHandle;
+use std::time::Instant;
 
 use parking_lot::{Condvar, Mutex};
 
@@ -26,6 +27,8 @@ struct Shared {
     queue: Mutex<Queue>,
     /// A task came or ended, or no more will come.
     changed: Condvar,
+    /// No task waits or runs.
+    idle: Condvar,
 }
 
 struct Queue {
@@ -63,6 +66,10 @@ impl Queue {
         Some((file, task))
     }
 
+    fn is_idle(&self) -> bool {
+        self.waiting.is_empty() && self.running.is_empty()
+    }
+
     /// A task of `file` has ended.
     fn end(&mut self, file: u64) {
         match self.running.get_mut(&file) {
@@ -84,7 +91,8 @@ impl SlowLane {
             file_max: (threads / 2).max(1),
             ended: false,
         };
-        let shared = Arc::new(Shared { queue: Mutex::new(queue), changed: Condvar::new() });
+        let shared =
+            Arc::new(Shared { queue: Mutex::new(queue), changed: Condvar::new(), idle: Condvar::new() });
         // Made first, so that those that have started end if one cannot.
         let mut lane = Self { shared, threads: Vec::new() };
         for number in 0..threads {
@@ -101,6 +109,19 @@ impl SlowLane {
         self.shared.queue.lock().waiting.push_back((file, Box::new(task)));
         self.shared.changed.notify_one();
     }
+
+    /// Waits until no task waits or runs, at most until `until`, and says whether that is so.
+    pub fn finish(&self, until: Option<Instant>) -> bool {
+        let mut queue = self.shared.queue.lock();
+        while !queue.is_idle() {
+            match until {
+                None => self.shared.idle.wait(&mut queue),
+                Some(until) if self.shared.idle.wait_until(&mut queue, until).timed_out() => break,
+                Some(_) => {}
+            }
+        }
+        queue.is_idle()
+    }
 }
 
 fn work(shared: &Shared) {
@@ -112,6 +133,9 @@ fn work(shared: &Shared) {
                 drop(catch_unwind(AssertUnwindSafe(task)));
             });
             queue.end(file);
+            if queue.is_idle() {
+                shared.idle.notify_all();
+            }
             // This thread takes the next one itself; at the end the others must see that nothing is left.
             if queue.ended {
                 shared.changed.notify_all();
@@ -177,6 +201,19 @@ mod tests {
             });
         }
         barrier.wait();
+    }
+
+    #[test]
+    fn it_has_finished_when_nothing_waits_or_runs() {
+        let lane = SlowLane::start(1).unwrap();
+        assert!(lane.finish(None));
+        let (go, gate) = channel::<()>();
+        lane.run(1, move || gate.recv().unwrap());
+        lane.run(2, || {});
+        assert!(!lane.finish(Some(Instant::now() + std::time::Duration::from_millis(20))));
+        go.send(()).unwrap();
+        assert!(lane.finish(None));
+        assert!(lane.shared.queue.lock().is_idle());
     }
 
     /// Sixteen durable writes of one guest took all threads, and every other guest's sync waited for them.

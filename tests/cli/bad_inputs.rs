@@ -19,8 +19,8 @@ const fn bad(arguments: &'static str, code: i32, stderr: &'static str) -> Bad {
 
 #[rustfmt::skip]
 pub const BAD_INPUTS: &[Bad] = &[
-    bad("bogus", 2, "cowdisk: no such command: bogus\ncommands of cowdisk: init, image, flavor, instance, mount, umount, status, df, map, check, scrub, libvirt, completions"),
-    bad("help bogus", 2, "cowdisk: no such command: bogus\ncommands of cowdisk help: init, image, flavor, instance, mount, umount, status, df, map, check, scrub, libvirt, completions"),
+    bad("bogus", 2, "cowdisk: no such command: bogus\ncommands of cowdisk: init, image, flavor, instance, mount, umount, status, upgrade, df, map, check, scrub, libvirt, completions"),
+    bad("help bogus", 2, "cowdisk: no such command: bogus\ncommands of cowdisk help: init, image, flavor, instance, mount, umount, status, upgrade, df, map, check, scrub, libvirt, completions"),
     bad("image", 2, "cowdisk: no command given\ncommands of cowdisk image: import, list, show, verify, remove"),
     bad("image imprt", 2, "cowdisk: no such command: imprt\na similar subcommand exists: 'import'"),
     bad("image import", 2, "cowdisk: missing <NAME> <FILE>\nusage: cowdisk image import [OPTIONS] <NAME> <FILE>"),
@@ -90,6 +90,8 @@ pub const BAD_INPUTS: &[Bad] = &[
     bad("status {}/mnt", 1, "cowdisk: {}/mnt: no store is mounted there"),
     bad("status {}/nope", 1, "cowdisk: {}/nope: no store is mounted there"),
     bad("status one two", 2, "cowdisk: unexpected argument 'two' found\nusage: cowdisk status [OPTIONS] [MNT]"),
+    bad("upgrade {}/nope", 1, "cowdisk: {}/nope: no store is mounted there"),
+    bad("upgrade one two", 2, "cowdisk: unexpected argument 'two' found\nusage: cowdisk upgrade [OPTIONS] [MNT]"),
     bad("--store {}/nope status", 1, "cowdisk: store {}/nope: no such folder\nmake one: cowdisk --store {}/nope init"),
     bad("image show nope", 1, "cowdisk: image nope: not found\nsee what there is: cowdisk image list"),
     bad("image verify nope", 1, "cowdisk: image nope: not found\nsee what there is: cowdisk image list"),

@@ -39,6 +39,8 @@ pub struct TestMount {
     options: String,
     /// Runs the daemon; none for the one who runs the tests.
     user: Option<u32>,
+    /// Whether the daemon runs a copy of this program, which a test replaces.
+    copied: bool,
     daemon: Option<Child>,
 }
 
@@ -88,7 +90,8 @@ impl TestMount {
         };
         store.import_image(&name(IMAGE), &request, &NoProgress).unwrap();
         std::fs::remove_file(source).unwrap();
-        let mount = Self { store, folder, run, options: options.to_owned(), user: None, daemon: None };
+        let mount =
+            Self { store, folder, run, options: options.to_owned(), user: None, copied: false, daemon: None };
         mount.create("web");
         mount
     }
@@ -110,6 +113,27 @@ impl TestMount {
         let status =
             Command::new("chown").arg("-R").arg(owner).arg(self.folder.path()).arg(self.run.path()).status();
         assert!(status.unwrap().success(), "giving files away needs root");
+    }
+
+    /// Has the daemon run a copy of this program, see [`TestMount::install`].
+    pub fn copied(mut self) -> Self {
+        self.copied = true;
+        self.install("");
+        self
+    }
+
+    /// Where that copy is.
+    pub fn copy_path(&self) -> PathBuf {
+        self.folder.path().canonicalize().unwrap().join("program")
+    }
+
+    /// Puts another copy into the place of that one, as a package would: the same, but that it finds `note` at its end.
+    pub fn install(&self, note: &str) {
+        let fresh = self.folder.path().join("program.fresh");
+        std::fs::copy(std::env::current_exe().unwrap(), &fresh).unwrap();
+        OpenOptions::new().append(true).open(&fresh).unwrap().write_all(note.as_bytes()).unwrap();
+        std::fs::set_permissions(&fresh, std::os::unix::fs::PermissionsExt::from_mode(0o755)).unwrap();
+        rustix::fs::rename(fresh, self.copy_path()).unwrap();
     }
 
     /// Runs a shell's command as the user who runs the daemon.
@@ -168,13 +192,12 @@ impl TestMount {
 
     /// This program, where the daemon's user can run it.
     fn program(&self) -> PathBuf {
-        let own = std::env::current_exe().unwrap();
-        if self.user.is_none() {
-            return own;
+        if self.user.is_some() {
+            self.install("");
+        } else if !self.copied {
+            return std::env::current_exe().unwrap();
         }
-        let copy = self.folder.path().join("program");
-        std::fs::copy(own, &copy).unwrap();
-        copy
+        self.copy_path()
     }
 
     pub fn mountpoint(&self) -> PathBuf {
@@ -330,10 +353,15 @@ impl Drop for TestMount {
 
 /// The body of the test `daemon_process`: serves if it was started by [`TestMount::start`], else does nothing.
 pub fn daemon_process() {
+    daemon_process_that(|_line| {});
+}
+
+/// The same, which does something with each line of its log.
+pub fn daemon_process_that(does: fn(&str)) {
     let Some(store) = std::env::var_os("TEST_STORE") else { return };
     let path = |variable: &str| PathBuf::from(std::env::var_os(variable).expect("set by TestMount::start"));
     let log = OpenOptions::new().create(true).append(true).open(path("TEST_LOG")).unwrap();
-    log::set_boxed_logger(Box::new(FileLogger(log))).unwrap();
+    log::set_boxed_logger(Box::new(FileLogger(log, does))).unwrap();
     log::set_max_level(log::LevelFilter::Debug);
     let served = serve(Path::new(&store), &path("TEST_MOUNTPOINT"), &path("TEST_READY"));
     if let Err(error) = served {
@@ -351,7 +379,7 @@ fn serve(store: &Path, mountpoint: &Path, ready: &Path) -> Result<()> {
     })
 }
 
-struct FileLogger(File);
+struct FileLogger(File, fn(&str));
 
 impl log::Log for FileLogger {
     fn enabled(&self, metadata: &log::Metadata<'_>) -> bool {
@@ -364,6 +392,7 @@ impl log::Log for FileLogger {
         }
         let line = format!("{} {}: {}\n", record.level(), record.target(), record.args());
         let _ = (&self.0).write_all(line.as_bytes());
+        (self.1)(&line);
     }
 
     fn flush(&self) {}

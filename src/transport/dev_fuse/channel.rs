@@ -34,7 +34,7 @@ const ERROR_PAUSE: Duration = Duration::from_millis(1);
 pub enum Received {
     /// So many bytes of a request.
     Bytes(usize),
-    /// There is none now, and this descriptor does not wait.
+    /// There is none now, and this descriptor does not wait; or a signal came.
     Nothing,
     /// The mount has gone away.
     Ended,
@@ -66,8 +66,8 @@ impl Channel {
             return match rustix::io::read(&self.fd, &mut *buffer) {
                 Ok(count) => Ok(Received::Bytes(count)),
                 // ENOENT: the request was taken back between being announced and being read.
-                Err(Os::INTR | Os::NOENT) => continue,
-                Err(Os::AGAIN) => Ok(Received::Nothing),
+                Err(Os::NOENT) => continue,
+                Err(Os::AGAIN | Os::INTR) => Ok(Received::Nothing),
                 // ECONNABORTED: it went away while a request was being copied.
                 Err(Os::NODEV | Os::CONNABORTED) => Ok(Received::Ended),
                 // No memory for a page of the buffer, say: the kernel has answered that one request with EIO.

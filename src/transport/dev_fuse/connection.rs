@@ -116,8 +116,10 @@ fn begin(channel: Channel) -> Result<(OwnedFd, InitOut)> {
     let mut buffer = RequestBuffer::new();
     loop {
         let bytes = buffer.bytes();
-        let Received::Bytes(count) = channel.receive(bytes).context(what)? else {
-            return Err(Error::new(ErrorKind::Io, format!("{}: it has ended", what())));
+        let count = match channel.receive(bytes).context(what)? {
+            Received::Bytes(count) => count,
+            Received::Nothing => continue,
+            Received::Ended => return Err(Error::new(ErrorKind::Io, format!("{}: it has ended", what()))),
         };
         let Ok(Request { header, operation: Operation::Init(offer, flags2) }) = parse(&bytes[..count]) else {
             return Err(Error::new(ErrorKind::Io, format!("{}: it did not begin with INIT", what())));

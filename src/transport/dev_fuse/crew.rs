@@ -33,6 +33,8 @@ pub struct Crew {
     away_max: usize,
     /// Threads that wait for a request.
     waiting: AtomicUsize,
+    /// Whether no more requests are to be read.
+    stopped: AtomicBool,
     /// Whether a request came since the watch last looked.
     active: AtomicBool,
     /// Whether the watch sleeps.
@@ -62,6 +64,7 @@ impl Crew {
         Self {
             away_max: threads - threads.div_ceil(4),
             waiting: AtomicUsize::new(0),
+            stopped: AtomicBool::new(false),
             active: AtomicBool::new(false),
             watch_sleeps: AtomicBool::new(false),
             sleepers: Mutex::default(),
@@ -99,6 +102,17 @@ impl Crew {
         sleepers.asleep -= 1;
         sleepers.calls = sleepers.calls.saturating_sub(1);
         !sleepers.ended
+    }
+
+    /// Has all threads end as soon as they have done what they had read, but for those that wait in the kernel.
+    pub fn stop(&self) {
+        self.stopped.store(true, Ordering::SeqCst);
+        self.end();
+    }
+
+    /// Whether no more requests are to be read. Asked before each.
+    pub fn is_stopped(&self) -> bool {
+        self.stopped.load(Ordering::SeqCst)
     }
 
     /// Has all sleepers wake, and the watch end.

@@ -2,8 +2,8 @@
 //!
 //! `wire.rs` has the kernel's structures, `request.rs` understands what it sends, `serve.rs` does it and answers,
 //! `channel.rs` moves the bytes, `connection.rs` is what outlives the process that serves, `readers.rs` are the threads that
-//! read requests, `crew.rs` says which of them waits for what. An answer goes to the descriptor from which its request came,
-//! by whomever.
+//! read requests, `crew.rs` says which of them waits for what, `session.rs` starts and stops them (`wake.rs`). An answer goes to
+//! the descriptor from which its request came, by whomever.
 //!
 //! A reader does itself what memory answers (reads of what the host has cached, overwrites through the host's cache, names
 //! and attributes) and, as long as enough others are there for that, reads, writes and syncs that wait for the host's disk.
@@ -28,53 +28,16 @@ mod init;
 mod readers;
 pub mod request;
 mod serve;
+mod session;
 mod transfers;
+mod wake;
 pub mod wire;
 
-use std::sync::Arc;
-
 pub use connection::Connection;
-
-use readers::Readers;
-use serve::Server;
-
-use super::slow_lane::SlowLane;
-use crate::error::Result;
-use crate::fs::Fs;
+pub use session::DevFuseSession;
 
 /// Threads for requests that wait for the host's disk.
 const SLOW_THREADS: usize = 16;
 
 /// Threads for reads and writes that wait for the host's disk. One file has at most half of them.
 const DISK_THREADS: usize = 32;
-
-/// A session of the kernel with the filesystem; ends when the mount goes away.
-#[derive(Debug)]
-pub struct DevFuseSession {
-    readers: Readers,
-}
-
-impl DevFuseSession {
-    /// Starts `threads` threads, at least 1, that read from the descriptors of `connection`. Requests are answered when this returns, and those that an
-    /// earlier process left unanswered are sent again if `resend` says so.
-    ///
-    /// # Errors
-    /// Those of the host.
-    pub fn start(connection: Connection, fs: Arc<Fs>, threads: usize, resend: bool) -> Result<Self> {
-        let server =
-            Arc::new(Server::new(fs, SlowLane::start(SLOW_THREADS)?, SlowLane::start(DISK_THREADS)?)?);
-        if resend {
-            connection.resend()?;
-        }
-        let connected: Vec<_> = connection.into_channels().map(Arc::new).collect();
-        Ok(Self { readers: Readers::start(connected, threads, server)? })
-    }
-
-    /// Waits until the mount has gone away and every request is answered.
-    ///
-    /// # Errors
-    /// If a thread ended before that.
-    pub fn wait(self) -> Result<()> {
-        self.readers.wait()
-    }
-}

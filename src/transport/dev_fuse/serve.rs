@@ -1,6 +1,7 @@
 //! What each request does: from the kernel's arguments to operations of [`Fs`] and back.
 
 use std::sync::Arc;
+use std::time::Instant;
 
 use zerocopy::IntoBytes;
 
@@ -59,6 +60,12 @@ impl Server {
     pub fn shrink(&self) {
         self.spare.discard();
         self.direct.shrink();
+    }
+
+    /// Waits until all that was read is answered, at most until `until`, and says whether it is. Nobody reads meanwhile.
+    pub fn finish(&self, until: Option<Instant>) -> bool {
+        // In this order: each hands to the next what it cannot do.
+        self.direct.finish(until) && self.disk.finish(until) && self.slow.finish(until)
     }
 
     /// Does the request that is the first `count` bytes of `buffer`, and answers it to `channel`, now or later. The calling

@@ -11,6 +11,7 @@ use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
 use fuser::{BackgroundSession, Config, Session, SessionACL};
+use parking_lot::Mutex;
 
 use super::mount;
 use super::slow_lane::SlowLane;
@@ -23,7 +24,8 @@ const SLOW_THREADS: usize = 16;
 /// A session of the kernel with the filesystem; ends when the mount goes away.
 #[derive(Debug)]
 pub struct FuserSession {
-    session: BackgroundSession,
+    /// Guards the session's threads until somebody waits for them.
+    session: Mutex<Option<BackgroundSession>>,
 }
 
 impl FuserSession {
@@ -41,15 +43,17 @@ impl FuserSession {
         // The kernel itself checks who may enter, by allow_other and by modes.
         let session = Session::from_fd(server, device, SessionACL::All, config)
             .context(|| "begin the session with the kernel")?;
-        Ok(Self { session: session.spawn().context(|| "start the threads of the session")? })
+        let session = session.spawn().context(|| "start the threads of the session")?;
+        Ok(Self { session: Mutex::new(Some(session)) })
     }
 
-    /// Waits until the mount has gone away and every request is answered.
+    /// Waits until the mount has gone away and every request is answered; a second caller does not.
     ///
     /// # Errors
     /// If a thread ended before that.
-    pub fn wait(self) -> Result<()> {
-        self.session.join().context(|| "answer the kernel's requests")
+    pub fn wait(&self) -> Result<()> {
+        let taken = self.session.lock().take();
+        taken.map_or(Ok(()), BackgroundSession::join).context(|| "answer the kernel's requests")
     }
 }
 

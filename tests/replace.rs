@@ -28,8 +28,16 @@ use rustix::process::Signal;
 /// Not a test: the daemon of all others, see [`mount`].
 #[test]
 fn daemon_process() {
-    mount::daemon_process();
+    // Dies of one write, wherever it comes from.
+    mount::daemon_process_that(|line| {
+        if line.ends_with(POISON) {
+            std::process::abort();
+        }
+    });
 }
+
+/// What the log says of that write.
+const POISON: &str = " offset 5111808 size 512\n";
 
 #[test]
 fn open_files_stay_open_and_inode_numbers_the_same_when_the_daemon_is_killed() {
@@ -221,6 +229,24 @@ fn a_process_that_keeps_dying_is_started_less_and_less_often_until_it_lives() {
         assert!(log.contains(wait), "{log}");
     }
     drop(file);
+    mount.unmount().unwrap();
+}
+
+/// It was sent to one process after the other, and all guests waited for ever.
+#[test]
+fn a_request_that_each_process_dies_of_is_answered_with_an_error_in_the_end() {
+    let mut mount = kept("");
+    let (file, other) = (open(&mount.disk()), open(&mount.local()));
+    assert_eq!(errno(file.write_all_at(&[1; 512], 5_111_808)), libc::EIO);
+    for file in [&file, &other] {
+        file.write_all_at(b"alive", 0).unwrap();
+        let mut seen = [0; 5];
+        file.read_exact_at(&mut seen, 0).unwrap();
+        assert_eq!(&seen, b"alive");
+    }
+    assert_eq!(status(&mount).keeper.unwrap().restarts, 5);
+    assert!(mount.log().contains("refused, as processes died while it was under way"));
+    drop((file, other));
     mount.unmount().unwrap();
 }
 

@@ -34,6 +34,10 @@ use crate::fs::Ledger;
 use crate::store::{Store, Timestamp};
 use crate::transport::{Connection, Transport};
 
+/// After so many deaths in a row, of processes that had begun to read, what was under way is not done again: some 20 s after the
+/// first. A life of seconds takes deaths back, see [`Backoff`].
+const REFUSED_AFTER: u32 = 5;
+
 /// Once a process was killed there is nothing to do but to wait for its end.
 const UNHURRIED: Duration = Duration::from_secs(3600);
 
@@ -70,6 +74,7 @@ pub(super) fn keep(
         started: Timestamp::now(),
         is_first: true,
         resend: false,
+        refuse: false,
         keeper: KeeperStatus {
             pid: std::process::id(),
             version: env!("CARGO_PKG_VERSION").to_owned(),
@@ -154,7 +159,7 @@ impl Keeper<'_> {
                     self.fail_upgrade(Error::new(ErrorKind::NotFound, "the mount has been taken away"));
                     return farewell(errors);
                 }
-                End::HandedOver => {}
+                End::HandedOver => self.estate.handover.refuse = false,
                 End::Death(death) if on_ready.is_some() => return Err(death.why),
                 End::Death(death) => self.bury(death, &mut backoff).inspect_err(|why| {
                     self.fail_upgrade(Error::new(why.kind(), why.to_string()));
@@ -387,7 +392,15 @@ impl Keeper<'_> {
                 "{why}, {deaths} times now, as soon as it has begun: guests wait; another one takes over in {wait} s"
             ),
         }
-        let keeper = &mut self.estate.handover.keeper;
+        let handover = &mut self.estate.handover;
+        // One of those requests may be what they die of, and would hold up all guests for ever.
+        handover.refuse = had_read && backoff.deaths() >= REFUSED_AFTER;
+        if handover.refuse {
+            log::error!(
+                "what was under way is not tried again: whoever waits for it is told of an I/O error"
+            );
+        }
+        let keeper = &mut handover.keeper;
         keeper.restarts += 1;
         keeper.last_end = Some(why.to_string());
         if self.upgrade.as_ref().is_some_and(|upgrade| matches!(upgrade.stage, Stage::TakingOver)) {

@@ -41,6 +41,8 @@ pub(super) struct Handover {
     pub(super) is_first: bool,
     /// Whether the kernel is to send again what others have left unanswered.
     pub(super) resend: bool,
+    /// Whether that is to be answered with EIO, as one after the other has died while it was under way.
+    pub(super) refuse: bool,
     pub(super) keeper: KeeperStatus,
 }
 

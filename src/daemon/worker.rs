@@ -30,7 +30,7 @@ use super::unmounter::Unmounter;
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::fs::{Fs, Ledger};
 use crate::store::{ServeLock, Store};
-use crate::transport::{Connection, Session, Transport};
+use crate::transport::{Connection, Session, Transport, Unanswered};
 
 /// Set to 1 in the environment of a process whose standard input is a socket to its keeper.
 pub(super) const VARIABLE: &str = "COWDISK_KEPT";
@@ -186,7 +186,12 @@ impl<'a> Worker<'a> {
         listen(&keeper, events.clone(), answered, heir)?;
         let threads = options.threads(Transport::DevFuse);
         let _ = keeper.link.tell(&ToKeeper::Reading, &[]);
-        let session = Arc::new(Session::take_over(connection, Arc::clone(&fs), threads, handover.resend)?);
+        let unanswered = match (handover.resend, handover.refuse) {
+            (false, _) => Unanswered::Leave,
+            (true, false) => Unanswered::Repeat,
+            (true, true) => Unanswered::Refuse,
+        };
+        let session = Arc::new(Session::take_over(connection, Arc::clone(&fs), threads, unanswered)?);
         await_end(Arc::clone(&session), events)?;
         // Nobody's disk depends on it.
         let known = Some((handover.keeper.clone(), Arc::clone(&keeper)));

@@ -17,7 +17,7 @@ use std::str::FromStr;
 use std::sync::Arc;
 use std::time::Duration;
 
-pub use dev_fuse::Connection;
+pub use dev_fuse::{Connection, Unanswered};
 
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::fs::Fs;
@@ -100,13 +100,19 @@ impl Session {
         Ok(Self::Fuser(fuser::FuserSession::start(device, fs, threads)?))
     }
 
-    /// A session of [`Transport::DevFuse`] on a connection that has begun, with `threads` threads, at least 1. Requests are answered when this returns. With `resend` the kernel sends again what processes before this one, all
-    /// of which have ended, had read and not answered.
+    /// A session of [`Transport::DevFuse`] on a connection that has begun, with `threads` threads, at least 1. Requests are
+    /// answered when this returns. What becomes of those that processes before this one, all of which have ended, had read and
+    /// not answered, `unanswered` says.
     ///
     /// # Errors
     /// Those of the host.
-    pub fn take_over(connection: Connection, fs: Arc<Fs>, threads: usize, resend: bool) -> Result<Self> {
-        Ok(Self::DevFuse(dev_fuse::DevFuseSession::start(connection, fs, threads, resend)?))
+    pub fn take_over(
+        connection: Connection,
+        fs: Arc<Fs>,
+        threads: usize,
+        unanswered: Unanswered,
+    ) -> Result<Self> {
+        Ok(Self::DevFuse(dev_fuse::DevFuseSession::start(connection, fs, threads, unanswered)?))
     }
 
     /// Waits until the mount has gone away and every request is answered.

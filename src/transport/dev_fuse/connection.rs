@@ -19,6 +19,18 @@ use crate::error::{Context, Error, ErrorKind, Result};
 use crate::fs::{AGREED_BYTES, RequestId};
 use crate::transport::mount;
 
+/// What becomes of the requests that processes before this one have read and not answered.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Unanswered {
+    /// There are none, or the kernel cannot send them again.
+    Leave,
+    /// The kernel sends them again, and they are done.
+    Repeat,
+    /// The kernel sends them again, and they are answered with EIO, but for those that close a file: one of them may be
+    /// what processes die of.
+    Refuse,
+}
+
 /// A connection of which both sides have agreed on how to speak.
 #[derive(Debug)]
 pub struct Connection {

@@ -33,7 +33,7 @@ mod transfers;
 mod wake;
 pub mod wire;
 
-pub use connection::Connection;
+pub use connection::{Connection, Unanswered};
 pub use session::DevFuseSession;
 
 /// Threads for requests that wait for the host's disk.

@@ -8,7 +8,7 @@ use zerocopy::IntoBytes;
 use super::answers::{self, Names};
 use super::buffers::{RequestBuffer, SpareBuffers};
 use super::channel::{Channel, Reply};
-use super::connection::request_id;
+use super::connection::{Unanswered, request_id};
 use super::crew::Hand;
 use super::direct::DirectLane;
 use super::request::{Malformed, Operation, Request, forgets, parse};
@@ -35,6 +35,8 @@ const WRITES_UNDER_WAY: usize = 32;
 #[derive(Debug)]
 pub struct Server {
     fs: Arc<Fs>,
+    /// Whether requests that an earlier process had read are answered with EIO.
+    refuses_resent: bool,
     /// Direct reads and writes that no thread waits for. Ends before the disk lane does, to which it hands what must wait.
     direct: DirectLane,
     /// Reads and writes that wait for the host's disk. Ends before the slow lane does, to which it hands syncs.
@@ -50,10 +52,11 @@ impl Server {
     ///
     /// # Errors
     /// If the host refuses a thread.
-    pub fn new(fs: Arc<Fs>, slow: SlowLane, disk: SlowLane) -> Result<Self> {
+    pub fn new(fs: Arc<Fs>, unanswered: Unanswered, slow: SlowLane, disk: SlowLane) -> Result<Self> {
         let (disk, spare) = (Arc::new(disk), Arc::new(SpareBuffers::new(WRITES_UNDER_WAY)));
         let direct = DirectLane::start(Arc::clone(&fs), Arc::clone(&disk), Arc::clone(&spare))?;
-        Ok(Self { fs, direct, disk, slow: Arc::new(slow), spare })
+        let refuses_resent = unanswered == Unanswered::Refuse;
+        Ok(Self { fs, refuses_resent, direct, disk, slow: Arc::new(slow), spare })
     }
 
     /// Gives memory that nobody uses back to the host.
@@ -76,6 +79,13 @@ impl Server {
         match parse(bytes) {
             Ok(Request { header, operation }) => {
                 let (ino, unique) = (header.nodeid, header.unique);
+                if self.refuses_resent && is_refused(unique, &operation) {
+                    let number = request_id(unique).number;
+                    log::error!(
+                        "request {number}, ino {ino}: refused, as processes died while it was under way"
+                    );
+                    return channel.refuse(unique, Errno::BROKEN);
+                }
                 match operation {
                     Operation::Read(arguments) => self.read(hand, channel, unique, ino, &arguments),
                     Operation::Write(arguments, _payload) => {
@@ -358,4 +368,17 @@ fn answer_xattr(reply: Reply, about: About, size: u32, outcome: Outcome<Vec<u8>>
         Ok(len) if len <= size => reply.answer(&[&value]),
         _ => reply.refuse(about.failed(&Errno::RANGE.into())),
     });
+}
+
+/// Whether a request was sent before and waits for an answer. What closes a file is done all the same: nobody closes it again.
+fn is_refused(unique: u64, operation: &Operation<'_>) -> bool {
+    let unwaited = matches!(
+        operation,
+        Operation::Forget(_)
+            | Operation::BatchForget(_)
+            | Operation::Interrupt
+            | Operation::Release(_)
+            | Operation::Releasedir(_)
+    );
+    request_id(unique).resent && !unwaited
 }

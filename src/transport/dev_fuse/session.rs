@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use parking_lot::{Condvar, Mutex};
 
 use super::channel::Channel;
-use super::connection::Connection;
+use super::connection::{Connection, Unanswered};
 use super::readers::Readers;
 use super::serve::Server;
 use super::wake;
@@ -28,15 +28,24 @@ pub struct DevFuseSession {
 
 impl DevFuseSession {
     /// Starts `threads` threads, at least 1, that read from the descriptors of `connection`. Requests are answered when this
-    /// returns, and those that an earlier process left unanswered are sent again if `resend` says so.
+    /// returns. What becomes of those that an earlier process has left, `unanswered` says.
     ///
     /// # Errors
     /// Those of the host.
-    pub fn start(connection: Connection, fs: Arc<Fs>, threads: usize, resend: bool) -> Result<Self> {
+    pub fn start(
+        connection: Connection,
+        fs: Arc<Fs>,
+        threads: usize,
+        unanswered: Unanswered,
+    ) -> Result<Self> {
         wake::prepare()?;
-        let server =
-            Arc::new(Server::new(fs, SlowLane::start(SLOW_THREADS)?, SlowLane::start(DISK_THREADS)?)?);
-        if resend {
+        let server = Arc::new(Server::new(
+            fs,
+            unanswered,
+            SlowLane::start(SLOW_THREADS)?,
+            SlowLane::start(DISK_THREADS)?,
+        )?);
+        if unanswered != Unanswered::Leave {
             connection.resend()?;
         }
         let channels: Vec<_> = connection.into_channels().map(Arc::new).collect();

@@ -193,6 +193,43 @@ fn a_guest_finds_again_what_it_had_written_when_the_daemon_was_killed_under_it()
     }
 }
 
+/// Files that each guest writes to each of its disks, while the daemon is replaced after every second one.
+const FILES: usize = 14;
+
+#[test]
+fn guests_notice_nothing_when_the_daemon_is_killed_and_upgraded_under_them() {
+    let place = Place::new();
+    place.create("overlay", &["--flavor", "ext4"]);
+    place.create("full", &["--flavor", "ext4", "--no-cow"]);
+    let writes: Vec<_> = (0..FILES).map(|number| format!("write=file-{number}:1")).collect();
+    let job = format!("{},verify", writes.join(","));
+    let guests = ["overlay", "full"].map(|instance| (instance, place.start(instance, &job)));
+    let rounds = FILES / 2 - 1;
+    for round in 0..rounds {
+        let file = format!("cowdisk-guest: wrote /mnt/local/var/lib/cowdisk-guest/file-{} ", round * 2);
+        // Each of them in turn is in the middle of writing.
+        guests[round % guests.len()].1.wait_for(&file);
+        if round % 2 == 0 { place.kill_worker() } else { place.upgrade() }
+    }
+    for (instance, guest) in guests {
+        let console = guest.wait_until_off();
+        assert_eq!(console.matches("cowdisk-guest: verified").count(), 2, "{instance}: {console}");
+    }
+    let keeper = place.status().keeper.expect("it is kept");
+    let (kills, upgrades) = (rounds.div_ceil(2), rounds / 2);
+    assert_eq!((keeper.restarts as usize, keeper.upgrades as usize), (kills, upgrades));
+    place.remount();
+    for instance in ["overlay", "full"] {
+        for disk in ["disk", "disk.local"] {
+            assert_clean_ext4(&place.disk(instance, disk));
+            for number in 0..FILES {
+                assert_holds(&place.disk(instance, disk), &format!("file-{number}"), MIB);
+            }
+        }
+    }
+    assert_same(&place.base_image(), &place.source_image());
+}
+
 /// The host's filesystem fills up under a guest: QEMU stops it, others go on, and once there is room it goes on, too.
 #[test]
 fn a_guest_on_a_full_host_waits_and_goes_on_when_there_is_room_again() {

@@ -11,6 +11,9 @@ use std::time::{Duration, Instant};
 /// The image that every store has.
 pub const IMAGE: &str = "debian";
 
+/// What is under test.
+const PROGRAM: &str = env!("CARGO_BIN_EXE_cowdisk");
+
 /// How long a guest may take for anything, on a busy machine whose processor is emulated.
 const PATIENCE: Duration = Duration::from_secs(240);
 
@@ -94,7 +97,7 @@ impl Place {
         let janitor_says = tempfile::tempfile().unwrap();
         let janitor = Command::new(script("libvirtd"))
             .args(["run", "sh", "-c", JANITOR, "janitor", &unique])
-            .args([&folder, &run, Path::new(env!("CARGO_BIN_EXE_cowdisk"))])
+            .args([&folder, &run, Path::new(PROGRAM)])
             .env("LIBVIRT_DEFAULT_URI", URI)
             .env_remove("VIRSH_DEFAULT_CONNECT_URI")
             .stdin(Stdio::piped())
@@ -135,7 +138,33 @@ impl Place {
     }
 
     fn mount_with(&self, options: &str) {
-        self.cowdisk(&["mount", "-o", options, self.mountpoint().to_str().unwrap()]);
+        // By a copy that only root may change: no other is run by an upgrade.
+        let program = self.folder.join("cowdisk");
+        if !program.exists() {
+            std::fs::copy(PROGRAM, &program).unwrap();
+            std::fs::set_permissions(&program, Permissions::from_mode(0o755)).unwrap();
+        }
+        let mountpoint = self.mountpoint();
+        let arguments = ["mount", "-o", options, mountpoint.to_str().unwrap()];
+        succeeded("cowdisk mount", &self.command_of(&program, &arguments).output().unwrap());
+    }
+
+    /// What the daemon tells of itself.
+    pub fn status(&self) -> cowdisk::daemon::Status {
+        cowdisk::daemon::status(&self.opened_store()).unwrap().expect("mounted")
+    }
+
+    /// `kill -9` of the process that answers; the one that keeps the mount has another take over.
+    pub fn kill_worker(&self) {
+        kill(self.status().pid);
+    }
+
+    /// Has another process take over in order, as `cowdisk upgrade` does; again if the host's disk is too busy.
+    pub fn upgrade(&self) {
+        let end = Instant::now() + PATIENCE;
+        while let Err(error) = cowdisk::daemon::upgrade(&self.opened_store()) {
+            assert!(error.kind() == cowdisk::ErrorKind::Busy && Instant::now() < end, "{error}");
+        }
     }
 
     /// Unmounts, which takes every disk to the host's disk, and mounts anew.
@@ -151,7 +180,7 @@ impl Place {
     /// `kill -9` of all processes of the daemon; the dead mount stays.
     pub fn kill_daemon(&self) {
         let store = self.opened_store();
-        let worker = cowdisk::daemon::status(&store).unwrap().expect("mounted").pid;
+        let worker = self.status().pid;
         let end = Instant::now() + PATIENCE;
         // The one that keeps the mount first, for it would have another one take over.
         let mut next = store.serving().unwrap();
@@ -197,7 +226,11 @@ impl Place {
     }
 
     fn command(&self, arguments: &[&str]) -> Command {
-        let mut command = Command::new(env!("CARGO_BIN_EXE_cowdisk"));
+        self.command_of(Path::new(PROGRAM), arguments)
+    }
+
+    fn command_of(&self, program: &Path, arguments: &[&str]) -> Command {
+        let mut command = Command::new(program);
         command
             .args(arguments)
             .env("COWDISK_STORE", self.store())

@@ -161,6 +161,37 @@ impl Enumeration<'_> {
         }
     }
 
+    /// Cuts the power so that a first commit leaves one of its changes alone, its record for one; and again, when the next
+    /// session has begun.
+    fn cut_first_commit_short(&mut self, seed: u64) {
+        self.rng = Rng(seed);
+        let disk = Disk::random(&mut self.rng);
+        let (log, _) = self.record(&disk, &[], &[Op::Write(0, 0, 512), Op::Flush]);
+        let mut moment = Moment::new(&log, Oracle::new(disk.contents(), disk.geometry.size()), None);
+        for (number, event) in log.events.iter().enumerate() {
+            moment.step(number, event);
+            if !matches!(event, Event::Change(MAP, _)) {
+                continue;
+            }
+            let left = moment.files.left(&Choice::Only(number));
+            let (log, overlay, now) = self.open_state(&disk, left, &moment);
+            let oracle = Oracle::new(now.clone(), overlay.size());
+            let (disk, size, live, writes) = (&disk, overlay.size(), &self.live, &mut self.writes);
+            let mut run = Run { disk, live, log, overlay: Some(overlay), now, size, writes };
+            run.apply(&Op::Preallocate(0, 0, 512));
+            let log = run.end();
+            let mut again = Moment::new(&log, oracle, None);
+            for (number, event) in log.events.iter().enumerate() {
+                again.step(number, event);
+                for subset in 0..8 {
+                    let choice = Choice::Changes(Rng(seed ^ subset));
+                    let what = || format!("second one after {number}, {event:?}, leaving {choice:?}");
+                    telling(what, || self.open_state(disk, again.files.left(&choice), &again));
+                }
+            }
+        }
+    }
+
     fn open_state(
         &mut self,
         disk: &Disk,
@@ -189,6 +220,20 @@ fn assert_clean(log: &SharedLog<Mark>, live: &Path, usage: Usage) {
 fn number_from(variable: &str) -> Option<u64> {
     let text = std::env::var(variable).ok()?;
     Some(text.parse().unwrap_or_else(|_| panic!("{variable}: must be a number, not {text:?}")))
+}
+
+/// A record of which the superblock was lost was taken for committed once a later superblock had a journal, while that
+/// journal's zeroes were lost: what the guest had seen to be gone was there again.
+#[test]
+fn what_a_first_commit_that_was_cut_short_has_left_never_counts() {
+    let folder = tempfile::tempdir_in("/dev/shm").expect("a folder in memory");
+    let (states, twice) = (AtomicU64::new(0), AtomicU64::new(0));
+    let (boots, live) = (Boots::new(), folder.path().join("live"));
+    let mut enumeration =
+        Enumeration { boots, live, states: &states, twice: &twice, writes: 0, rng: Rng(0), sample: 1 };
+    for seed in 1..=8 {
+        telling(|| format!("seed {seed}"), || enumeration.cut_first_commit_short(seed));
+    }
 }
 
 #[test]

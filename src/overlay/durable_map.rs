@@ -24,6 +24,8 @@ pub struct DurableMap<S> {
     superblock: Superblock,
     /// The copy (0 or 1) that holds `superblock`; the other may hold an older one, or nothing whole.
     superblock_copy: u64,
+    /// Whether that copy is durable. If not, it began the session, and until it is the other one must not be touched (I5).
+    superblock_durable: bool,
     /// Bytes of the journal that hold records since the last checkpoint.
     journal_used: u64,
     /// The number that the next record gets.
@@ -86,6 +88,11 @@ fn read_newer_copy(storage: &dyn Storage) -> Result<(Superblock, u64)> {
     found
 }
 
+/// Where copy `copy` (0 or 1) of the superblock begins, in bytes.
+fn copy_offset(copy: u64) -> u64 {
+    copy * SUPERBLOCK_BYTES as u64
+}
+
 impl<S: Storage> DurableMap<S> {
     /// Reads superblock, pages and journal, and the states that they say. Changes nothing.
     ///
@@ -101,6 +108,8 @@ impl<S: Storage> DurableMap<S> {
             storage,
             superblock,
             superblock_copy,
+            // Whoever opens the layer for service has synced it before.
+            superblock_durable: true,
             journal_used: scan.journal_used,
             next_sequence: scan.next_sequence,
             pages: scan.pages,
@@ -134,25 +143,39 @@ impl<S: Storage> DurableMap<S> {
         changes_that_fit(self.superblock.journal_bytes - self.journal_used)
     }
 
-    /// Marks the layer as being written to in `session`, and gives it a journal if it has none.
+    /// Marks the layer as being written to in `session`, and gives it a journal if it has none. That survives the daemon,
+    /// and the host with the session's first commit: before it there is nothing that a crash of the host must not lose,
+    /// and what the journal lacks of its zeroes reads as zeroes anyway.
     ///
     /// # Errors
     /// [`ErrorKind::NoSpace`] if the host has no room for the journal; the layer is unchanged then.
     pub fn begin_session(&mut self, session: SessionId, boot: BootId) -> Result<()> {
-        let mut next = Superblock { session, boot, ..self.superblock.clone() };
+        let generation = self.superblock.generation + 1;
+        let mut next = Superblock { session, boot, generation, ..self.superblock.clone() };
         if next.journal_bytes == 0 {
             // Written, not only reserved: a record written into an unwritten extent would cost a commit of the host
             // file system's own journal (I6).
             let zeroes = vec![0; usize::try_from(JOURNAL_BYTES).expect("256 KiB")];
+            let left = self.storage.next_data(JOURNAL_OFFSET)?;
             self.storage.write_at(JOURNAL_OFFSET, &zeroes)?;
-            self.storage.sync()?;
+            if left.is_some_and(|at| at < JOURNAL_OFFSET + JOURNAL_BYTES) {
+                // A crash cut a first commit short and left its record. No superblock may ever make it count: what it
+                // names was seen to be lost since.
+                self.storage.sync()?;
+            }
             next.journal_bytes = JOURNAL_BYTES;
         }
         // The next checkpoint writes these pages, whatever the session changes.
         for &page in &self.stale {
             self.reserve_page(page)?;
         }
-        self.write_superblock(next)
+        // One copy only: the other is the durable one until this one is (I5).
+        let copy = 1 - self.superblock_copy;
+        self.storage.write_at(copy_offset(copy), &next.encode()).context(|| "superblock")?;
+        // On its way while the data are written, and mostly there when the first commit comes.
+        self.storage.start_writing();
+        (self.superblock, self.superblock_copy, self.superblock_durable) = (next, copy, false);
+        Ok(())
     }
 
     /// Marks the layer as closed cleanly.
@@ -169,13 +192,22 @@ impl<S: Storage> DurableMap<S> {
     /// Writes both copies, first the one that does not hold the superblock now: it may be stale or torn, and until it is
     /// whole again the other must not be touched (I5).
     fn write_superblock(&mut self, next: Superblock) -> Result<()> {
+        if !self.superblock_durable {
+            self.sync()?;
+        }
         let next = Superblock { generation: self.superblock.generation + 1, ..next };
         let bytes = next.encode();
         for copy in [1 - self.superblock_copy, self.superblock_copy] {
-            let offset = copy * SUPERBLOCK_BYTES as u64;
-            self.storage.write_durable_at(offset, &bytes).context(|| "superblock")?;
+            self.storage.write_durable_at(copy_offset(copy), &bytes).context(|| "superblock")?;
         }
         self.superblock = next;
+        Ok(())
+    }
+
+    /// Makes all of the map file durable.
+    fn sync(&mut self) -> Result<()> {
+        self.storage.sync()?;
+        self.superblock_durable = true;
         Ok(())
     }
 
@@ -197,7 +229,8 @@ impl<S: Storage> DurableMap<S> {
         self.storage.allocate(slot_offset(page, 0), 2 * PAGE_BYTES as u64)
     }
 
-    /// Commits `changes` by one durable write. The caller has synced the data that they name (I2).
+    /// Commits `changes` by one durable write, or by the sync that also makes the beginning of the session durable. The
+    /// caller has synced the data that they name (I2).
     ///
     /// # Errors
     /// Those of the storage, which is latched then.
@@ -208,10 +241,25 @@ impl<S: Storage> DurableMap<S> {
         assert!(!changes.is_empty() && changes.len() <= self.room_for_changes());
         let record = JournalRecord { sequence: self.next_sequence, changes };
         let bytes = record.encode(self.superblock.layer);
-        self.storage.write_durable_at(JOURNAL_OFFSET + self.journal_used, &bytes).context(|| "journal")?;
+        let offset = JOURNAL_OFFSET + self.journal_used;
+        let is_first = !self.superblock_durable;
+        if is_first {
+            // A crash may leave any of record, superblock and zeroes. The record counts once both it and a superblock that
+            // has a journal are whole; without them this commit has not been.
+            self.storage.write_at(offset, &bytes).context(|| "journal")?;
+            self.sync().context(|| "journal")?;
+        } else {
+            self.storage.write_durable_at(offset, &bytes).context(|| "journal")?;
+        }
         self.stale.extend(pages_of(&record.changes));
         self.journal_used += bytes.len() as u64;
         self.next_sequence += 1;
+        if is_first {
+            // The copies become equal again, so that damage to either loses nothing. When does not matter: the other one
+            // is durable, and stays so until this one is written durably (I5).
+            let copy = 1 - self.superblock_copy;
+            self.storage.write_at(copy_offset(copy), &self.superblock.encode()).context(|| "superblock")?;
+        }
         Ok(())
     }
 
@@ -243,7 +291,7 @@ impl<S: Storage> DurableMap<S> {
             written.push((page, CurrentPage { slot, checksum }));
         }
         sync_data()?;
-        self.storage.sync().context(|| "map pages")?;
+        self.sync().context(|| "map pages")?;
         self.write_superblock(Superblock {
             checkpoint: generation,
             journal_sequence: self.next_sequence,

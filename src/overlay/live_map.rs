@@ -292,6 +292,19 @@ pub fn is_left(path: &Path, layer: LayerId, position: Position) -> Result<bool> 
     }
 }
 
+/// Whether a live map of `layer` and of this boot is at `path` that builds upon a later durable map than one that has come to
+/// `position`.
+///
+/// # Errors
+/// If it cannot be read.
+pub fn is_ahead(path: &Path, layer: LayerId, position: Position) -> Result<bool> {
+    let Some(file) = open_if_there(path)? else { return Ok(false) };
+    let Some(header) = read_header_bytes(path, &file)? else { return Ok(false) };
+    let of_boot = header[40..56] == current_boot()?.0;
+    let ours = header[..8] == MAGIC_VALUE && header[8..24] == layer.0;
+    Ok(ours && of_boot && !noted_position(&header).is_covered_by(position))
+}
+
 /// Removes the live map at `path` if [`is_left`] still says so and nobody has it open. The caller sees to it that nobody
 /// opens the layer.
 ///

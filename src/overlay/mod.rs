@@ -60,6 +60,12 @@ impl LayerFiles {
         self.map.sync()?;
         self.data.sync()
     }
+
+    /// See [`Storage::start_writing`].
+    pub fn start_writing(&self) {
+        self.map.start_writing();
+        self.data.start_writing();
+    }
 }
 
 /// File name, within the run directory, of the live map of `layer`.

@@ -17,7 +17,7 @@ use super::block_locks::BlockLocks;
 use super::blocks::Blocks;
 use super::commit::{Commits, extend};
 use super::durable_map::DurableMap;
-use super::live_map::{Binding, LiveMap, TakeUp, current_boot};
+use super::live_map::{self, Binding, LiveMap, TakeUp, current_boot};
 use super::map_scan::MapFault;
 use super::states::SparseStates;
 use super::{LayerFiles, Overlay};
@@ -122,6 +122,11 @@ fn open(
             data.drop_cache()?;
             // From here on the last session is over: a crash before the next one begins loses nothing more.
             durable.end_session()?;
+        } else if when_lost == WhenLost::NeedAll
+            && live_map::is_ahead(live_map, superblock.layer, durable.position())?
+        {
+            // The host failed to write what began the session, and the sync that learnt of it was somebody else's.
+            return Err(live_map_is_worthless(live_map));
         }
         check_data(&data, geometry.block_bytes(), &states)?;
         let binding = Binding { layer: superblock.layer, session: SessionId::random()?, boot };

@@ -182,6 +182,11 @@ impl Storage for FileStorage {
             .context(|| format!("write {} bytes through at {offset} of {}", buf.len(), self.name))
     }
 
+    fn start_writing(&self) {
+        // What is dirty is given to the disk, and nobody waits for it; what is clean is forgotten.
+        let _ = rustix::fs::fadvise(&self.file, 0, None, rustix::fs::Advice::DontNeed);
+    }
+
     fn sync(&self) -> Result<()> {
         self.host.sync_data(self.as_fd()).context(|| format!("sync {}", self.name))
     }

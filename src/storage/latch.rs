@@ -117,6 +117,10 @@ impl Storage for LatchedStorage {
         self.closing(self.inner.write_durable_at(offset, buf))
     }
 
+    fn start_writing(&self) {
+        self.inner.start_writing();
+    }
+
     fn sync(&self) -> Result<()> {
         self.latch.check()?;
         self.closing(self.inner.sync())

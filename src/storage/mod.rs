@@ -113,6 +113,10 @@ pub trait Storage: Send + Sync + Debug {
     /// Writes all of `buf` at `offset` and returns once it, and it alone, survives a crash.
     fn write_durable_at(&self, offset: u64, buf: &[u8]) -> Result<()>;
 
+    /// Has the host begin to write to its disk what waits in its cache, so that a sync which follows soon waits less. Promises
+    /// nothing and fails in nothing.
+    fn start_writing(&self) {}
+
     /// Makes everything that was completed before the call survive a crash. After an error the state of what was not
     /// yet durable is unknown, and a second call that succeeds proves nothing: see [`LatchedStorage`].
     fn sync(&self) -> Result<()>;

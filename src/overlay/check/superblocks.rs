@@ -2,7 +2,7 @@
 
 use crate::error::{ErrorKind, Result};
 use crate::finding::{Finding, Remedy, Severity};
-use crate::format::{CHECKSUM_BYTES, SUPERBLOCK_BYTES, Superblock};
+use crate::format::{CHECKSUM_BYTES, SUPERBLOCK_BYTES, SessionId, Superblock};
 use crate::storage::Storage;
 
 /// A sector of the host's disk: the unit in which a crash tears a write.
@@ -49,7 +49,12 @@ pub(super) fn read(object: &str, map: &dyn Storage) -> Result<Copies> {
             let finding = finding("superblock-lost", Severity::Damage, message, super::from_backup());
             Copies { newest: None, to_rewrite: None, finding }
         }
-        (Ok(one), Ok(two)) if one == two => Copies { newest: Some(one), to_rewrite: None, finding: None },
+        (Ok(one), Ok(two)) if one == two || begins_session(&two, &one) => {
+            Copies { newest: Some(two), to_rewrite: None, finding: None }
+        }
+        (Ok(one), Ok(two)) if begins_session(&one, &two) => {
+            Copies { newest: Some(one), to_rewrite: None, finding: None }
+        }
         (Ok(one), Ok(two)) => {
             let (newest, other, to_rewrite) =
                 if two.generation > one.generation { (two, one, 0) } else { (one, two, 1) };
@@ -74,6 +79,18 @@ pub(super) fn read(object: &str, map: &dyn Storage) -> Result<Copies> {
             Copies { newest: one.or(two).ok(), to_rewrite: Some(1 - good as u64), finding }
         }
     })
+}
+
+/// Whether `newest` is what the beginning of a session writes after `other`: until the first commit that is as it should be.
+fn begins_session(newest: &Superblock, other: &Superblock) -> bool {
+    let begun = Superblock {
+        generation: other.generation + 1,
+        session: newest.session,
+        boot: newest.boot,
+        journal_bytes: newest.journal_bytes,
+        ..other.clone()
+    };
+    other.session == SessionId::NONE && newest.session != SessionId::NONE && *newest == begun
 }
 
 /// Whether a crash while `bad` was written explains it: it begins as the writing that `good` has and ends otherwise, or it

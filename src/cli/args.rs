@@ -189,7 +189,9 @@ pub enum FlavorCommand {
 /// `cowdisk instance …`
 #[derive(Debug, Subcommand)]
 pub enum InstanceCommand {
-    /// Make an instance
+    /// Make instances
+    ///
+    /// Many at once take a fraction of the time that each alone would: `instance create ci-{1..100} --image debian`.
     Create(CreateArgs),
     /// List the instances
     List(Form),
@@ -210,8 +212,9 @@ pub enum InstanceCommand {
 /// `cowdisk instance create …`
 #[derive(Debug, Args)]
 pub struct CreateArgs {
-    /// The instance's name
-    pub name: ObjectName,
+    /// The instances' names
+    #[arg(required = true, value_name = "NAME")]
+    pub names: Vec<ObjectName>,
     /// The image that its root disk is over
     #[arg(long)]
     pub image: ObjectName,

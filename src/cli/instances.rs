@@ -53,13 +53,17 @@ pub(super) fn run(session: &mut Session, command: InstanceCommand) -> Result<()>
 }
 
 fn create(session: &mut Session, store: &Store, args: CreateArgs) -> Result<()> {
-    let CreateArgs { name, image, flavor, root_size, local_size, block_size, no_cow } = args;
+    let CreateArgs { names, image, flavor, root_size, local_size, block_size, no_cow } = args;
     let spec = InstanceSpec { image, flavor, root_size, local_size, block_bytes: block_size, no_cow };
-    let instance = store.create_instance(&name, &spec, &session.progress()?)?;
+    let wanted: Vec<_> = names.into_iter().map(|name| (name, spec.clone())).collect();
+    let progress = session.progress()?;
+    store.create_instances(&wanted, &progress, |instance| {
+        let disks: Vec<String> =
+            instance.disks().map(|(name, disk)| format!("{name} of {}", HumanBytes(disk.size))).collect();
+        session.done(&format!("instance {}: created, {}", instance.name, disks.join(", ")))
+    })?;
     warn_if_high(store);
-    let disks: Vec<String> =
-        instance.disks().map(|(name, disk)| format!("{name} of {}", HumanBytes(disk.size))).collect();
-    session.done(&format!("instance {name}: created, {}", disks.join(", ")))
+    Ok(())
 }
 
 fn list(session: &mut Session, store: &Store, form: Form) -> Result<()> {

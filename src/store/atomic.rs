@@ -65,19 +65,32 @@ impl<'a> Draft<'a> {
     /// Renames the draft to its place and makes that durable. The contents must be synced. After an error the place is
     /// as it was before, or the message says what may be there.
     fn publish(mut self, parent: &Dir, name: &str, flags: RenameFlags) -> Result<()> {
-        self.tmp.rename(&self.name, parent, name, flags)?;
-        let was_armed = std::mem::take(&mut self.armed);
+        let was_armed = self.armed;
+        self.place(parent, name, flags)?;
         let Err(error) = parent.sync() else { return Ok(()) };
         if !flags.contains(RenameFlags::NOREPLACE) {
             return Err(error.context("replaced, but a crash may bring the old one back"));
         }
+        Err(self.take_back(parent, name, was_armed, error))
+    }
+
+    /// Renames the draft to its place, which the caller makes durable.
+    fn place(&mut self, parent: &Dir, name: &str, flags: RenameFlags) -> Result<()> {
+        self.tmp.rename(&self.name, parent, name, flags)?;
+        self.armed = false;
+        Ok(())
+    }
+
+    /// Takes what was placed, and could not be made durable for `error`, out of its place and deletes it, unless it is to be
+    /// a sign. Answers what to tell about it.
+    fn take_back(&mut self, parent: &Dir, name: &str, delete: bool, error: Error) -> Error {
         match parent.rename(name, self.tmp, &self.name, RenameFlags::NOREPLACE) {
             Ok(()) => {
                 // What a crash may bring back must not be deleted in part. The next sweep syncs first, too.
-                self.armed = was_armed && self.tmp.sync().is_ok();
-                Err(error)
+                self.armed = delete && self.tmp.sync().is_ok();
+                error
             }
-            Err(undo) => Err(error.context(format!("made, but a crash may undo it ({undo})"))),
+            Err(undo) => error.context(format!("made {name}, but a crash may undo it ({undo})")),
         }
     }
 }
@@ -113,13 +126,24 @@ impl<'a> DraftDir<'a> {
     pub(super) fn dir(&self) -> &Dir {
         &self.dir
     }
+}
 
-    /// Renames the folder to `name` in `parent`, which must not exist. Each file in it must be synced; the folder
-    /// itself is synced here.
-    pub(super) fn commit(self, parent: &Dir, name: &str) -> Result<()> {
-        self.dir.sync()?;
-        self.draft.publish(parent, name, RenameFlags::NOREPLACE)
+/// Renames each folder to its name in `parent`, none of which must exist, and makes all of that durable at once. Each file in
+/// them must be synced; the folders themselves are synced here. After an error none of them is in its place, or the message
+/// says which may be.
+pub(super) fn commit_all(mut drafts: Vec<(DraftDir<'_>, &str)>, parent: &Dir) -> Result<()> {
+    for (draft, _) in &drafts {
+        draft.dir.sync()?;
     }
+    let placed = drafts
+        .iter_mut()
+        .try_for_each(|(draft, name)| draft.draft.place(parent, name, RenameFlags::NOREPLACE))
+        .and_then(|()| parent.sync());
+    let Err(mut error) = placed else { return Ok(()) };
+    for (draft, name) in drafts.iter_mut().filter(|(draft, _)| !draft.draft.armed) {
+        error = draft.draft.take_back(parent, name, true, error);
+    }
+    Err(error)
 }
 
 /// A file being made.
@@ -344,13 +368,29 @@ mod tests {
         let draft = DraftFile::new(&s.tmp, "x").unwrap();
         draft.write_all(b"one").unwrap();
         assert!(draft.commit(&place, "x").is_err());
-        assert!(DraftDir::new(&s.tmp, "y").unwrap().commit(&place, "y").is_err());
+        assert!(commit_all(vec![(DraftDir::new(&s.tmp, "y").unwrap(), "y")], &place).is_err());
         assert!(!s.root.has("x").unwrap() && !s.root.has("y").unwrap());
         s.root.create_file("x", MODE_PRIVATE).unwrap();
         let error = replace_file(&s.tmp, &place, "x", b"two").unwrap_err();
         assert!(error.to_string().starts_with("replaced, but"), "{error}");
         assert_eq!(read_file(&s.root, "x", 10).unwrap(), b"two");
         assert!(s.tmp.names().unwrap().is_empty());
+    }
+
+    #[test]
+    fn of_folders_that_are_placed_together_all_or_none_appear() {
+        let s = scratch();
+        let drafts = |names: [&'static str; 3]| -> Vec<_> {
+            names.into_iter().map(|name| (DraftDir::new(&s.tmp, "x").unwrap(), name)).collect()
+        };
+        s.root.make_dir("c").unwrap();
+        assert_eq!(commit_all(drafts(["a", "b", "c"]), &s.root).unwrap_err().kind(), ErrorKind::Exists);
+        let place = Dir::open_unsyncable(s.root.path()).unwrap();
+        assert!(commit_all(drafts(["a", "b", "d"]), &place).is_err());
+        assert!(["a", "b", "d"].iter().all(|name| !s.root.has(name).unwrap()));
+        assert!(s.tmp.names().unwrap().is_empty());
+        commit_all(drafts(["a", "b", "d"]), &s.root).unwrap();
+        assert!(["a", "b", "d"].iter().all(|name| s.root.has(name).unwrap()));
     }
 
     #[test]
@@ -374,7 +414,7 @@ mod tests {
         rustix::fs::symlinkat("/etc/passwd", &s.tmp, "dead-link").unwrap();
         sweep(&s.tmp, || Ok(true)).unwrap();
         assert_eq!(s.tmp.names().unwrap().len(), 2);
-        alive_dir.commit(&s.root, "a").unwrap();
+        commit_all(vec![(alive_dir, "a")], &s.root).unwrap();
         alive_file.commit(&s.root, "b").unwrap();
         assert!(s.root.has("a").unwrap() && s.root.has("b").unwrap());
     }

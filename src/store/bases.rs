@@ -12,7 +12,7 @@ use std::os::unix::fs::MetadataExt;
 use rustix::fs::{Gid, Uid};
 use serde::{Deserialize, Serialize};
 
-use super::atomic::{DraftDir, Removal};
+use super::atomic::{DraftDir, Removal, commit_all};
 use super::check::hash_from_disk;
 use super::dir::{Access, Dir, MODE_FOLDER, MODE_PRIVATE, MODE_READ_ONLY};
 use super::lock::{Share, StoreLock, try_lock};
@@ -215,7 +215,7 @@ impl Store {
         if self.bases.has(&id.to_string())? {
             return self.replace_base(&draft, id, lock);
         }
-        draft.folder.commit(&self.bases, &id.to_string())
+        commit_all(vec![(draft.folder, &id.to_string())], &self.bases)
     }
 
     /// Puts the bytes and the record of a sealed draft in place of those of a damaged base. Overlays may be over it, so

@@ -1,43 +1,29 @@
-//! Instances: folders of disks. Create, list, remove.
-//!
-//! An instance is made in a folder in `tmp/` and appears whole by one rename. Overlays take a few system calls and as
-//! many syncs, so all of it happens under the store's lock; a full copy (`no_cow`) takes long, so there only the
-//! rename does, and a shared lock of each base keeps the sources from being removed meanwhile.
-//!
-//! All files of overlays are written before the first of them is synced: what the host's file system commits for the
-//! first sync holds most of what the others would wait for.
+//! Instances: folders of disks, and the records that say what they are. Made by `create.rs`, listed by `listing.rs`.
 
 use std::time::{Duration, Instant};
 
 use rustix::fs::Timestamps;
 use serde::{Deserialize, Serialize};
 
-use super::atomic::{DraftDir, Removal};
-use super::dir::{Access, Dir, MODE_PRIVATE};
-use super::flavors::Flavor;
-use super::images::Image;
+use super::Store;
+use super::atomic::Removal;
+use super::dir::{Access, Dir};
 use super::layout::{self, DiskPart, disk_file};
-use super::lock::{Share, StoreLock, try_lock};
+use super::lock::{Share, try_lock};
 use super::names::{DiskName, ObjectName};
-use super::progress::{Progress, Work, check_cancelled};
 use super::record::{self, BootFileId, RECORD_BYTES_MAX};
 use super::references::Except;
 use super::timestamp::Timestamp;
-use super::{Store, copy};
 use crate::error::{Context, Error, ErrorKind, Result};
-use crate::format::{BaseId, BaseRef, LayerId};
-use crate::overlay::{LayerFiles, Overlay, live_map_name, read_superblock};
-use crate::storage::{FileStorage, Storage};
-use crate::units::{BLOCK_BYTES_MIN, Geometry, HumanBytes, check_block_bytes, check_disk_bytes};
+use crate::format::{BaseId, LayerId};
+use crate::overlay::{live_map_name, read_superblock};
+use crate::storage::FileStorage;
+use crate::units::{check_block_bytes, check_disk_bytes};
 
 /// How long the removal of an instance waits for its disks: the daemon learns that a file was closed, and closes the
 /// disk, only after `close` has returned to whoever had it open.
 const CLOSING: Duration = Duration::from_secs(2);
 const CLOSING_PAUSE: Duration = Duration::from_millis(10);
-
-/// Bytes that a new instance of overlays takes at most: a record, and per disk a superblock and what the host's filesystem
-/// needs to find it.
-const OVERLAYS_BYTES: u64 = 64 << 10;
 
 /// An instance of the store.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -101,7 +87,7 @@ impl InstanceSpec {
 
 #[derive(Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
-struct InstanceRecord {
+pub(super) struct InstanceRecord {
     #[serde(with = "record::as_text")]
     id: LayerId,
     image: ObjectName,
@@ -159,7 +145,7 @@ impl Instance {
         })
     }
 
-    fn to_record(&self) -> InstanceRecord {
+    pub(super) fn to_record(&self) -> InstanceRecord {
         InstanceRecord {
             id: self.id,
             image: self.image.clone(),
@@ -188,143 +174,7 @@ impl Instance {
 }
 
 impl Store {
-    /// Creates an instance: overlays in a few milliseconds, or full copies (`no_cow`), which share their blocks with
-    /// the base where the host filesystem can and are copied with progress where not. After an error, or when
-    /// cancelled, nothing is left.
-    ///
-    /// # Errors
-    /// [`ErrorKind::Exists`] if the name is taken; [`ErrorKind::NotFound`] if image or flavor are not there;
-    /// [`ErrorKind::Invalid`] if a disk would be smaller than what it is made over.
-    pub fn create_instance(
-        &self,
-        name: &ObjectName,
-        spec: &InstanceSpec,
-        progress: &dyn Progress,
-    ) -> Result<Instance> {
-        let create = if spec.no_cow { Self::create_copies } else { Self::create_overlays };
-        create(self, name, spec, progress).context(|| format!("create instance {name}"))
-    }
-
-    fn create_overlays(
-        &self,
-        name: &ObjectName,
-        spec: &InstanceSpec,
-        progress: &dyn Progress,
-    ) -> Result<Instance> {
-        let lock = self.lock()?;
-        let instance = self.plan(name, spec)?;
-        self.check_room("a new instance", OVERLAYS_BYTES)?;
-        let draft = DraftDir::new(&self.tmp, "instance")?;
-        let mut layers = Vec::new();
-        for (disk, made) in instance.disks() {
-            check_cancelled(progress)?;
-            layers.push(self.lay_out_overlay(draft.dir(), disk, &made).context(|| disk.as_str())?);
-        }
-        self.publish_instance(draft, &layers, &instance, &lock)
-    }
-
-    fn create_copies(
-        &self,
-        name: &ObjectName,
-        spec: &InstanceSpec,
-        progress: &dyn Progress,
-    ) -> Result<Instance> {
-        let instance = self.plan(name, spec)?;
-        let draft = DraftDir::new(&self.tmp, "instance")?;
-        for (disk, made) in instance.disks() {
-            self.create_copy(draft.dir(), disk, &made, progress).context(|| disk.as_str())?;
-        }
-        let lock = self.lock()?;
-        self.publish_instance(draft, &[], &instance, &lock)
-    }
-
-    /// Looks up what an instance is to be made from and checks its sizes. Makes nothing.
-    fn plan(&self, name: &ObjectName, spec: &InstanceSpec) -> Result<Instance> {
-        self.check_instance_absent(name)?;
-        let image = self.image(&spec.image)?;
-        let flavor = spec.flavor.as_ref().map(|flavor| self.flavor(flavor)).transpose()?;
-        let block_bytes = spec.block_bytes.unwrap_or(BLOCK_BYTES_MIN);
-        check_block_bytes(block_bytes)?;
-        if spec.no_cow && spec.block_bytes.is_some() {
-            let message = "a block size makes no sense for disks that are no overlays";
-            return Err(Error::new(ErrorKind::Invalid, message));
-        }
-        let block_bytes = (!spec.no_cow).then_some(block_bytes);
-        Ok(Instance {
-            name: name.clone(),
-            id: LayerId::random()?,
-            image: spec.image.clone(),
-            flavor: spec.flavor.clone(),
-            cow: !spec.no_cow,
-            root: plan_root(spec.root_size, &image, block_bytes)?,
-            local: plan_local(spec.local_size, flavor.as_ref(), block_bytes)?,
-            kernel: image.kernel,
-            ramdisk: image.ramdisk,
-            created: Timestamp::now(),
-        })
-    }
-
-    /// Writes the files of an overlay, and leaves syncing them to [`Store::publish_instance`].
-    fn lay_out_overlay(&self, folder: &Dir, disk: DiskName, made: &InstanceDisk) -> Result<LayerFiles> {
-        let geometry = Geometry::new(made.size, made.block_bytes.unwrap_or(BLOCK_BYTES_MIN), 0)?;
-        let base = match made.base {
-            None => BaseRef::Blank,
-            // Opening it checks that it is there and as it was stored.
-            Some(id) => {
-                BaseRef::Image { id, size: self.open_base(&id)?.metadata().context(|| "base")?.len() }
-            }
-        };
-        let file = |part| Ok::<_, Error>(Box::new(folder.create_file(disk_file(disk, part), MODE_PRIVATE)?));
-        let files = LayerFiles { data: file(DiskPart::Data)?, map: file(DiskPart::Map)? };
-        Overlay::lay_out(&files, LayerId::random()?, geometry, base)?;
-        Ok(files)
-    }
-
-    fn create_copy(
-        &self,
-        folder: &Dir,
-        disk: DiskName,
-        made: &InstanceDisk,
-        progress: &dyn Progress,
-    ) -> Result<()> {
-        let file = folder.create_file(disk_file(disk, DiskPart::Raw), MODE_PRIVATE)?;
-        if let Some(id) = made.base {
-            // Held until the copy is done, so that the base is not removed meanwhile.
-            let base = self.open_base(&id)?;
-            if !file.clone_contents(&base) {
-                let size = base.metadata().context(|| "base")?.len();
-                self.check_room("a full copy", self.base_usage(&id)?.1)?;
-                let work = Work::begin(progress, &format!("copy {disk}"), Some(size));
-                copy::copy(&base, size, &file, self.room()?, &work)?;
-            }
-        }
-        file.set_len(made.size)?;
-        file.sync_all()
-    }
-
-    /// Writes the record, syncs it and the files of `layers`, and has the instance appear. All other files of the draft
-    /// are synced.
-    fn publish_instance(
-        &self,
-        draft: DraftDir<'_>,
-        layers: &[LayerFiles],
-        instance: &Instance,
-        _lock: &StoreLock,
-    ) -> Result<Instance> {
-        self.check_instance_absent(&instance.name)?;
-        for id in instance.kernel.iter().chain(&instance.ramdisk) {
-            if !self.boot.has(&id.to_string())? {
-                return Err(Error::new(ErrorKind::NotFound, format!("boot file {id}: not found")));
-            }
-        }
-        let record = record::write_into_draft(draft.dir(), layout::INSTANCE_RECORD, &instance.to_record())?;
-        layers.iter().try_for_each(LayerFiles::sync)?;
-        record.sync_all()?;
-        draft.commit(&self.instances, instance.name.as_str())?;
-        Ok(instance.clone())
-    }
-
-    fn check_instance_absent(&self, name: &ObjectName) -> Result<()> {
+    pub(super) fn check_instance_absent(&self, name: &ObjectName) -> Result<()> {
         if self.instances.has(name.as_str())? {
             return Err(Error::new(ErrorKind::Exists, format!("instance {name}: exists already")));
         }
@@ -441,35 +291,4 @@ impl Store {
         let file = disk_file(disk, if cow { DiskPart::Data } else { DiskPart::Raw });
         folder.set_times(file, times)
     }
-}
-
-fn plan_root(size: Option<u64>, image: &Image, block_bytes: Option<u32>) -> Result<InstanceDisk> {
-    let size = size.unwrap_or(image.size);
-    check_disk_bytes(size).context(|| "root disk")?;
-    if size < image.size {
-        let (asked, needed) = (HumanBytes(size), HumanBytes(image.size));
-        let message =
-            format!("root disk of {asked} ({size} bytes): smaller than image {} ({needed})", image.name);
-        return Err(Error::new(ErrorKind::Invalid, message)
-            .with_hint(format!("ask for at least {} bytes, or leave the size away", image.size)));
-    }
-    Ok(InstanceDisk { base: Some(image.base), size, block_bytes })
-}
-
-fn plan_local(
-    size: Option<u64>,
-    flavor: Option<&Flavor>,
-    block_bytes: Option<u32>,
-) -> Result<Option<InstanceDisk>> {
-    let Some(size) = size.or(flavor.map(|flavor| flavor.local_size)) else { return Ok(None) };
-    check_disk_bytes(size).context(|| "local disk")?;
-    if let Some(flavor) = flavor
-        && size < flavor.local_size
-    {
-        let (asked, needed) = (HumanBytes(size), HumanBytes(flavor.local_size));
-        let message =
-            format!("local disk of {asked}: smaller than that of flavor {} ({needed})", flavor.name);
-        return Err(Error::new(ErrorKind::Invalid, message));
-    }
-    Ok(Some(InstanceDisk { base: flavor.and_then(|flavor| flavor.base), size, block_bytes }))
 }

@@ -17,6 +17,7 @@ mod boot;
 mod check;
 mod convert;
 mod copy;
+mod create;
 mod dir;
 mod disk;
 mod disk_map;

@@ -133,16 +133,23 @@ impl Run {
 
     /// Makes one change, and says so.
     fn change(&self, key: Key, version: &str, work: impl FnOnce() -> Result<()>) -> Result<()> {
-        let version = version.to_owned();
-        self.host.mark(Mark::Asked(key.clone(), version.clone()));
+        self.change_all(&[(key, version.to_owned())], work)
+    }
+
+    /// Makes changes by one call, all of which are made or none, and says so.
+    fn change_all(&self, changes: &[(Key, String)], work: impl FnOnce() -> Result<()>) -> Result<()> {
+        let mark = |mark: fn(Key, String) -> Mark| {
+            changes.iter().cloned().for_each(|(key, version)| self.host.mark(mark(key, version)));
+        };
+        mark(Mark::Asked);
         let result = work();
         match &result {
-            Ok(()) => self.host.mark(Mark::Answered(key, version)),
-            Err(error) if is_hosts(error.kind()) => self.host.mark(Mark::Undecided(key, version)),
+            Ok(()) => mark(Mark::Answered),
+            Err(error) if is_hosts(error.kind()) => mark(Mark::Undecided),
             Err(error) => {
                 let refusals = [ErrorKind::NotFound, ErrorKind::Exists, ErrorKind::Busy];
-                assert!(refusals.contains(&error.kind()), "{key:?}: {error:?}");
-                self.host.mark(Mark::Refused(key, version));
+                assert!(refusals.contains(&error.kind()), "{changes:?}: {error:?}");
+                mark(Mark::Refused);
             }
         }
         result
@@ -220,7 +227,14 @@ impl Run {
                     root_size: Some((IMAGE_SECTORS + self.next()) * SECTOR),
                     ..InstanceSpec::of(name(IMAGES[image]))
                 };
-                self.create(store, INSTANCES[instance], &spec, progress)
+                self.create(store, &[(INSTANCES[instance], spec)], progress)
+            }
+            Op::CreateBoth { instance, image } => {
+                let both = [instance, (instance + 1) % INSTANCES.len()].map(|instance| {
+                    let root_size = Some((IMAGE_SECTORS + self.next()) * SECTOR);
+                    (INSTANCES[instance], InstanceSpec { root_size, ..InstanceSpec::of(name(IMAGES[image])) })
+                });
+                self.create(store, &both, progress)
             }
             Op::RemoveInstance(instance) => {
                 self.close_disks(instance)?;
@@ -271,26 +285,29 @@ impl Run {
         })
     }
 
-    fn create(
-        &self,
-        store: &Store,
-        instance: &str,
-        spec: &InstanceSpec,
-        progress: &dyn Progress,
-    ) -> Result<()> {
-        let version = spec.root_size.expect("every instance has a size of its own").to_string();
-        let image = store.image(&spec.image)?;
-        let flavor = spec.flavor.as_ref().map(|flavor| store.flavor(flavor)).transpose()?;
-        let root = self.contents(store, Some(image.base), spec.root_size.unwrap_or(0))?;
-        let local = spec.local_size.or(flavor.as_ref().map(|flavor| flavor.local_size));
-        // Before the change is asked for, so that a disk that is found is known.
-        self.mark_disk(&(version.clone(), DiskName::Root), DiskMark::Made(root));
-        if let Some(size) = local {
-            let contents = self.contents(store, flavor.and_then(|flavor| flavor.base), size)?;
-            self.mark_disk(&(version.clone(), DiskName::Local), DiskMark::Made(contents));
+    fn create(&self, store: &Store, wanted: &[(&str, InstanceSpec)], progress: &dyn Progress) -> Result<()> {
+        let mut changes = Vec::new();
+        for (instance, spec) in wanted {
+            let version = spec.root_size.expect("every instance has a size of its own").to_string();
+            let image = store.image(&spec.image)?;
+            let flavor = spec.flavor.as_ref().map(|flavor| store.flavor(flavor)).transpose()?;
+            let root = self.contents(store, Some(image.base), spec.root_size.unwrap_or(0))?;
+            let local = spec.local_size.or(flavor.as_ref().map(|flavor| flavor.local_size));
+            // Before the change is asked for, so that a disk that is found is known.
+            self.mark_disk(&(version.clone(), DiskName::Root), DiskMark::Made(root));
+            if let Some(size) = local {
+                let contents = self.contents(store, flavor.and_then(|flavor| flavor.base), size)?;
+                self.mark_disk(&(version.clone(), DiskName::Local), DiskMark::Made(contents));
+            }
+            changes.push((Key::Instance((*instance).to_owned()), version));
         }
-        self.change(Key::Instance(instance.to_owned()), &version, || {
-            store.create_instance(&name(instance), spec, progress).map(drop)
+        self.change_all(&changes, || match wanted {
+            [(instance, spec)] => store.create_instance(&name(instance), spec, progress).map(drop),
+            more => {
+                let more: Vec<_> =
+                    more.iter().map(|(instance, spec)| (name(instance), spec.clone())).collect();
+                store.create_instances(&more, progress, |_| Ok(()))
+            }
         })
     }
 

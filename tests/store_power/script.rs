@@ -35,6 +35,11 @@ pub enum Op {
         local: bool,
         no_cow: bool,
     },
+    /// Two instances over an image, together.
+    CreateBoth {
+        instance: usize,
+        image: usize,
+    },
     RemoveInstance(usize),
     /// Owner, mode and an extended attribute of an image or of an instance's disk.
     ChangeImage(usize),
@@ -95,7 +100,8 @@ pub fn random_op(rng: &mut Rng) -> Op {
             local: rng.below(2) == 0,
             no_cow: rng.below(4) == 0,
         },
-        13..16 => Op::RemoveInstance(instance),
+        13 => Op::CreateBoth { instance, image },
+        14..16 => Op::RemoveInstance(instance),
         16 => Op::ChangeImage(image),
         17..19 => Op::ChangeDisk(instance, disk),
         19..30 => {

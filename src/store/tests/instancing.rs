@@ -143,6 +143,57 @@ fn what_does_not_fit_is_refused_and_leaves_nothing() {
     t.refuses(ErrorKind::NotFound, "nobody", |store| store.open_disk(&name("nobody"), DiskName::Root));
 }
 
+/// Cancels when it is asked for the n-th time.
+struct CancelAtLook(std::sync::atomic::AtomicU64);
+
+impl CancelAtLook {
+    fn new(look: u64) -> Self {
+        Self(look.into())
+    }
+}
+
+impl Progress for CancelAtLook {
+    fn begin(&self, _what: &str, _total_bytes: Option<u64>) {}
+    fn advance(&self, _bytes: u64) {}
+    fn finish(&self) {}
+    fn cancelled(&self) -> bool {
+        self.0.fetch_sub(1, std::sync::atomic::Ordering::Relaxed) == 1
+    }
+}
+
+#[test]
+fn many_instances_are_made_together_or_not_at_all() {
+    let t = store_with_image();
+    let wanted = |names: &[&str]| -> Vec<(ObjectName, InstanceSpec)> {
+        names.iter().map(|text| (name(text), InstanceSpec::of(name("debian")))).collect()
+    };
+    t.refuses(ErrorKind::Exists, "web-3", |store| {
+        store.create_instances(&wanted(&["a", "b", "web-3"]), &NoProgress, |_| Ok(()))
+    });
+    t.refuses(ErrorKind::Invalid, "named twice", |store| {
+        store.create_instances(&wanted(&["a", "b", "a"]), &NoProgress, |_| Ok(()))
+    });
+    t.refuses(ErrorKind::Interrupted, "interrupted", |store| {
+        store.create_instances(&wanted(&["a", "b", "c"]), &CancelAtLook::new(3), |_| Ok(()))
+    });
+    let names: Vec<String> = (0..150).map(|number| format!("ci-{number}")).collect();
+    let names: Vec<&str> = names.iter().map(String::as_str).collect();
+    let mut told = Vec::new();
+    t.store
+        .create_instances(&wanted(&names), &NoProgress, |made| {
+            told.push(made.clone());
+            Ok(())
+        })
+        .unwrap();
+    assert!(told.iter().map(|made| made.name.as_str()).eq(names));
+    for made in &told {
+        assert_eq!(t.store.instance(&made.name).unwrap(), *made);
+    }
+    let disk = t.store.open_disk(&name("ci-149"), DiskName::Root).unwrap();
+    disk.write_at(0, &[7; 4096]).unwrap();
+    disk.close().unwrap();
+}
+
 #[test]
 fn a_map_tells_where_each_byte_comes_from_while_the_disk_is_open() {
     let t = store_with_image();

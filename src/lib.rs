@@ -6,6 +6,7 @@
 
 pub mod cli;
 pub mod daemon;
+pub mod doctor;
 pub mod error;
 pub mod finding;
 pub mod format;

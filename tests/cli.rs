@@ -13,6 +13,8 @@ mod bad_inputs;
 mod checking;
 #[path = "cli/confined.rs"]
 mod confined;
+#[path = "cli/doctor.rs"]
+mod doctor;
 #[path = "cli/hostile_guest.rs"]
 mod hostile_guest;
 #[path = "cli/hostile_store.rs"]

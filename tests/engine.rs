@@ -1,5 +1,5 @@
 //! Edges of the engine that random operations rarely meet: other bases, large disks, limits, what a live map is bound to.
-#![allow(clippy::cast_possible_truncation)] // sizes that the test made itself
+#![allow(clippy::cast_possible_truncation, clippy::disallowed_methods)] // sizes and files that the test made itself
 
 mod common;
 
@@ -256,4 +256,46 @@ fn a_backup_put_in_an_overlays_place_is_not_read_by_the_newer_live_map() {
         None,
         "the newer map named data that the backup lacks"
     );
+}
+
+/// The superblock that began the session is in the host's cache until the first commit. Should the host fail to write it, the
+/// layer looks as if it had never been written to: whoever has the disk open still must not see it so.
+#[test]
+fn a_disk_whose_session_the_host_has_lost_is_not_taken_up_for_those_who_have_it_open() {
+    let layer = blank(1 << 20);
+    let read_map = || std::fs::read(layer.path("map")).expect("read the map");
+    let untouched = read_map();
+    let overlay = layer.open(BaseImage::blank()).expect("open");
+    overlay.write_at(0, &[1; 4096]).expect("write");
+    // The daemon dies.
+    drop(overlay);
+    let adopt = || Overlay::adopt("test", layer.files(), BaseImage::blank(), &layer.path("live"));
+    let begun = read_map();
+    std::fs::write(layer.path("map"), &untouched).expect("lose what was written");
+    assert_eq!(adopt().expect_err("what was answered is not there").kind(), ErrorKind::Corrupt);
+    std::fs::write(layer.path("map"), &begun).expect("bring it back");
+    let overlay = adopt().expect("take it up");
+    let mut bytes = [0; 4096];
+    overlay.read_at(0, &mut bytes).expect("read");
+    assert_eq!(bytes, [1; 4096]);
+    overlay.close().expect("close");
+}
+
+/// After the beginning of a session a copy of the superblock is one writing behind until the first commit, in which it is made
+/// equal again: damage to one of them then loses nothing.
+#[test]
+fn the_first_commit_of_a_session_makes_the_copies_of_the_superblock_equal() {
+    let layer = blank(1 << 20);
+    let copies = || {
+        let map = std::fs::read(layer.path("map")).expect("read the map");
+        (map[..4096].to_vec(), map[4096..8192].to_vec())
+    };
+    let overlay = layer.open(BaseImage::blank()).expect("open");
+    overlay.write_at(0, &[1; 4096]).expect("write");
+    let (one, two) = copies();
+    assert_ne!(one, two);
+    overlay.flush().expect("flush");
+    let (one, two) = copies();
+    assert_eq!(one, two);
+    overlay.close().expect("close");
 }

@@ -5,7 +5,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 /// Folders in order: each uses only those before it.
-const LAYERS: [&str; 13] = [
+const LAYERS: [&str; 14] = [
     "error",
     "finding",
     "units",
@@ -18,6 +18,7 @@ const LAYERS: [&str; 13] = [
     "daemon",
     "libvirt",
     "inspect",
+    "doctor",
     "cli",
 ];
 

@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use clap::{ArgAction, Args, Parser, Subcommand, ValueEnum};
 
 use super::check::CheckArgs;
+use super::doctor::DoctorArgs;
 use super::scrub::ScrubArgs;
 use crate::error::{Error, ErrorKind, Result};
 use crate::libvirt::domain::Accelerator;
@@ -90,6 +91,11 @@ pub enum Command {
     /// over it any more. What guests wrote has no checksum: of it, what the disk cannot read is found. Ctrl-C ends it with
     /// what was found by then. Exit code: as of check, and 1 if it was interrupted.
     Scrub(ScrubArgs),
+    /// Say what this host can do for cowdisk, and what to do about what it cannot
+    ///
+    /// Looks at the kernel, the rights of this user, the file system of the store, its run directory, its daemon, QEMU and
+    /// libvirt. Changes nothing. Exit code: 0 if there is nothing worse than a warning; 1 if disks cannot be served.
+    Doctor(DoctorArgs),
     /// Run instances as libvirt guests
     Libvirt(LibvirtArgs),
     /// Print a script that completes cowdisk's arguments in a shell

@@ -7,6 +7,7 @@
 mod args;
 mod check;
 mod df;
+mod doctor;
 mod images;
 mod instances;
 mod libvirt;
@@ -92,10 +93,10 @@ fn print(text: &str) -> Result<()> {
 fn run(cli: Cli) -> Result<()> {
     logger::start(cli.verbose, cli.quiet)?;
     let mut session = Session { store: cli.store, quiet: cli.quiet, output: Output::new() };
-    // Mounting and virsh need root itself; what they do in the store they do as its owner, or read it.
+    // Mounting and virsh need root itself, or ask what root may; what they do in the store they do as its owner, or read it.
     if !matches!(
         cli.command,
-        Command::Mount(_) | Command::Umount { .. } | Command::Libvirt(_) | Command::Init
+        Command::Mount(_) | Command::Umount { .. } | Command::Libvirt(_) | Command::Doctor(_) | Command::Init
     ) {
         daemon::become_owner(&session.store, daemon::Keep::Nothing)?;
     }
@@ -112,6 +113,7 @@ fn run(cli: Cli) -> Result<()> {
         Command::Map(args) => map::run(&mut session, &args),
         Command::Check(args) => check::run(&mut session, args),
         Command::Scrub(args) => scrub::run(&mut session, args),
+        Command::Doctor(args) => doctor::run(&mut session, args),
         Command::Libvirt(args) => libvirt::run(&mut session, args),
         Command::Completions { shell } => completions(&mut session, shell),
     }?;

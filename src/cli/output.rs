@@ -116,7 +116,7 @@ pub fn show_error(error: &Error) {
 }
 
 /// `message` without the ` (os error 2)` that the standard library puts behind the system's own words.
-fn without_numbers(message: &str) -> String {
+pub(super) fn without_numbers(message: &str) -> String {
     let mut parts = message.split(" (os error ");
     let mut text = parts.next().unwrap_or_default().to_owned();
     for part in parts {

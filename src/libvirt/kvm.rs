@@ -66,6 +66,31 @@ pub fn accelerator(run_dir: &Path) -> Accelerator {
     answer
 }
 
+/// What a trial of KVM came to.
+#[derive(Debug)]
+pub enum KvmAnswer {
+    /// A guest has booted by it.
+    Works,
+    /// Its device is not there, or closed to this user.
+    Closed(std::io::Error),
+    /// Its device is there, but no guest boots by it.
+    Fails,
+    /// It could not be tried.
+    Unknown(crate::error::Error),
+}
+
+/// Tries KVM, whatever is kept of an earlier trial, and keeps nothing. Takes at most 5 seconds.
+pub fn ask() -> KvmAnswer {
+    if let Err(error) = OpenOptions::new().read(true).write(true).open("/dev/kvm") {
+        return KvmAnswer::Closed(error);
+    }
+    match boots(Accelerator::Kvm) {
+        Ok(true) => KvmAnswer::Works,
+        Ok(false) => KvmAnswer::Fails,
+        Err(error) => KvmAnswer::Unknown(error),
+    }
+}
+
 fn boot_id() -> Option<String> {
     let id = std::fs::read_to_string("/proc/sys/kernel/random/boot_id").ok()?;
     Some(id.trim().to_owned())

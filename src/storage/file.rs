@@ -83,6 +83,19 @@ impl FileStorage {
         self.host.clone_contents(source.as_fd(), self.as_fd()).is_ok()
     }
 
+    /// Whether the host filesystem lets this file be read past its cache.
+    pub fn can_go_direct(&self) -> bool {
+        use std::os::fd::AsRawFd as _;
+        let path = format!("/proc/self/fd/{}", self.file.as_raw_fd());
+        let flags = rustix::fs::OFlags::RDONLY | rustix::fs::OFlags::DIRECT | rustix::fs::OFlags::CLOEXEC;
+        rustix::fs::open(path, flags, rustix::fs::Mode::empty()).is_ok()
+    }
+
+    /// Whether the host filesystem tells which parts of this file have space.
+    pub fn tells_extents(&self) -> bool {
+        matches!(extents::missing(&self.file, 0, 1), Ok(Some(_)))
+    }
+
     /// Reads into `buf` until it is full or the file ends; returns how many bytes were read.
     fn read_to_end(&self, offset: u64, buf: &mut [u8]) -> Result<usize> {
         let mut done = 0;

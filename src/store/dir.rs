@@ -177,6 +177,19 @@ impl Dir {
         Ok(self.storage(fd.into(), path.display().to_string()))
     }
 
+    /// An empty file of this folder without a name: it is gone when it is closed. `None` where the host filesystem has no such
+    /// files, or this user may not make one.
+    pub(super) fn nameless_file(&self) -> Result<Option<FileStorage>> {
+        let flags = OFlags::RDWR | OFlags::TMPFILE | OFlags::CLOEXEC;
+        match rustix::fs::openat(&self.fd, ".", flags, Mode::from_raw_mode(MODE_PRIVATE)) {
+            Ok(fd) => Ok(Some(self.storage(fd.into(), format!("a file in {}", self.path.display())))),
+            Err(
+                Errno::OPNOTSUPP | Errno::ISDIR | Errno::NOENT | Errno::ACCESS | Errno::PERM | Errno::ROFS,
+            ) => Ok(None),
+            Err(errno) => Err(Error::io(format!("try {}", self.path.display()), errno.into())),
+        }
+    }
+
     /// An open file of this folder, to be changed through the folder's host; `shown` is what messages call it.
     pub(super) fn storage(&self, file: File, shown: impl Into<String>) -> FileStorage {
         FileStorage::on(self.host.clone(), file, shown)

@@ -2,13 +2,14 @@
 
 use std::os::fd::AsFd;
 use std::os::unix::fs::FileExt;
+use std::path::Path;
 
 use rustix::fs::SeekFrom;
 
 use super::atomic::DraftFile;
 use super::dir::Dir;
 use crate::error::{Context, Error, ErrorKind, Result};
-use crate::storage::{HostSpace, Storage};
+use crate::storage::{FileStorage, HostSpace, Storage};
 
 /// Bytes written and punched: at least two blocks of any filesystem.
 const PROBE_BYTES: u64 = 128 << 10;
@@ -28,21 +29,25 @@ pub(super) fn is_probe(name: &str) -> bool {
 /// # Errors
 /// [`ErrorKind::Unsupported`], with the name of the filesystem, if it cannot; those of the host if it fails.
 pub(super) fn check(folder: &Dir) -> Result<()> {
-    let probe = DraftFile::new(folder, PROBE)?;
-    let file = probe.file().file();
+    try_holes(DraftFile::new(folder, PROBE)?.file(), folder)
+}
+
+/// [`check`] on an empty file of `folder`.
+fn try_holes(probe: &FileStorage, folder: &Dir) -> Result<()> {
+    let file = probe.file();
     let unsupported = |what: &str| {
         Error::new(ErrorKind::Unsupported, format!("the host filesystem ({}) has no {what}", name(folder)))
             .with_hint("keep the store on ext4, XFS or btrfs")
     };
     let bytes = vec![0xa5; usize::try_from(PROBE_BYTES).unwrap_or(0)];
-    probe.file().write_at(0, &bytes)?;
+    probe.write_at(0, &bytes)?;
     // A disk that is full or fails says nothing of what the filesystem can do.
     let refused = |error: Error, what: &str| match error.kind() {
         ErrorKind::Unsupported | ErrorKind::OutOfRange => unsupported(what),
         _ => error,
     };
-    probe.file().set_len(PROBE_END).map_err(|error| refused(error, "sparse files of 64 GiB"))?;
-    probe.file().punch(0, PROBE_BYTES).map_err(|error| refused(error, "hole punching"))?;
+    probe.set_len(PROBE_END).map_err(|error| refused(error, "sparse files of 64 GiB"))?;
+    probe.punch(0, PROBE_BYTES).map_err(|error| refused(error, "hole punching"))?;
     let mut byte = [1];
     file.read_exact_at(&mut byte, 0).context(|| "read from the host filesystem")?;
     let data = rustix::fs::seek(file, SeekFrom::Data(0));
@@ -54,6 +59,44 @@ pub(super) fn check(folder: &Dir) -> Result<()> {
         return Err(unsupported("sparse files"));
     }
     Ok(())
+}
+
+/// What a host filesystem can do.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct HostFeatures {
+    /// Its name, or the number by which the kernel knows it.
+    pub name: String,
+    /// Whether it could be tried. If not, the others say nothing.
+    pub tried: bool,
+    /// Files of 64 GiB of which only what was written takes space, and holes can be made and found. Nothing works without.
+    pub holes: bool,
+    /// Reads and writes past the host's cache.
+    pub direct: bool,
+    /// It tells which parts of a file have space (FIEMAP).
+    pub extents: bool,
+    /// It is in memory.
+    pub memory: bool,
+}
+
+/// Tries the host filesystem under `folder`, on a file without a name, which a crash does not leave either.
+///
+/// # Errors
+/// Those of the host but for those that answer the question: no such folder, a full or failing disk.
+pub fn try_host(folder: &Path) -> Result<HostFeatures> {
+    let dir = Dir::open_path(folder)?;
+    let memory = is_memory(&dir);
+    let mut features =
+        HostFeatures { name: name(&dir), tried: false, holes: false, direct: false, extents: false, memory };
+    let Some(file) = dir.nameless_file()? else { return Ok(features) };
+    features.tried = true;
+    features.holes = match try_holes(&file, &dir) {
+        Ok(()) => true,
+        Err(error) if error.kind() == ErrorKind::Unsupported => false,
+        Err(error) => return Err(error),
+    };
+    features.direct = file.can_go_direct();
+    features.extents = file.tells_extents();
+    Ok(features)
 }
 
 /// The name of the filesystem that a folder is on, or the number by which the kernel knows it.
@@ -115,5 +158,16 @@ mod tests {
         // The kernel's own sysfs and proc cannot be written to at all; any error must come back as one, not a panic.
         let proc = Dir::open_path(std::path::Path::new("/proc/self")).unwrap();
         assert!(check(&proc).is_err());
+    }
+
+    #[test]
+    fn a_filesystem_is_tried_without_a_trace() {
+        let folder = tempfile::tempdir_in("/var/tmp").unwrap();
+        let before = std::fs::metadata(folder.path()).unwrap().modified().unwrap();
+        let features = try_host(folder.path()).unwrap();
+        assert!(features.tried && features.holes, "{features:?}");
+        assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 0);
+        assert_eq!(std::fs::metadata(folder.path()).unwrap().modified().unwrap(), before);
+        assert!(!try_host(Path::new("/proc/self")).unwrap().tried);
     }
 }

@@ -111,16 +111,8 @@ impl Store {
         if let Some(wanted) = self.run_dir_wanted()? {
             return self.make_in(&wanted);
         }
-        let uid = rustix::process::geteuid().as_raw();
-        let mut candidates = vec![PathBuf::from(format!("/dev/shm/cowdisk-{uid}"))];
-        if uid == 0 {
-            candidates.insert(0, PathBuf::from(RUN_DIR_OF_ROOT));
-        }
-        if let Some(runtime) = std::env::var_os("XDG_RUNTIME_DIR") {
-            candidates.push(PathBuf::from(runtime).join("cowdisk"));
-        }
         let mut reasons = Vec::new();
-        for candidate in candidates {
+        for candidate in usual_parents() {
             let parent = candidate.parent().unwrap_or(Path::new("/"));
             match Dir::open_path(parent) {
                 Ok(dir) if host_fs::is_memory(&dir) => match self.make_in(&candidate) {
@@ -158,6 +150,31 @@ impl Store {
         let dir = parent.join(self.run_dir_name()?);
         make_safe(&dir, OTHERS_MAY_ENTER)?;
         Ok(dir)
+    }
+}
+
+/// Where run directories are looked for, the first choice first, unless one is asked for.
+fn usual_parents() -> Vec<PathBuf> {
+    let uid = rustix::process::geteuid().as_raw();
+    let mut parents = vec![PathBuf::from(format!("/dev/shm/cowdisk-{uid}"))];
+    if uid == 0 {
+        parents.insert(0, PathBuf::from(RUN_DIR_OF_ROOT));
+    }
+    if let Some(runtime) = std::env::var_os("XDG_RUNTIME_DIR") {
+        parents.push(PathBuf::from(runtime).join("cowdisk"));
+    }
+    parents
+}
+
+/// Where a store whose run directory is not chosen yet will have it: the first folder of which the one above is in memory, or
+/// the one that the environment asks for. `None` if there is none. Makes nothing.
+pub fn run_dir_to_be() -> Option<PathBuf> {
+    match std::env::var_os(VARIABLE) {
+        Some(wanted) => Some(PathBuf::from(wanted)),
+        None => usual_parents().into_iter().find(|parent| {
+            let above = parent.parent().unwrap_or(Path::new("/"));
+            Dir::open_path(above).is_ok_and(|dir| host_fs::is_memory(&dir))
+        }),
     }
 }
 

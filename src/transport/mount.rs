@@ -68,6 +68,14 @@ pub(super) fn open_device() -> Result<OwnedFd> {
     }
 }
 
+/// Whether this process can open the kernel's device.
+///
+/// # Errors
+/// Those of [`mount`], with what can be done about them.
+pub fn check_device() -> Result<()> {
+    open_device().map(drop)
+}
+
 /// Whether this process could open the kernel's device again.
 pub(super) fn may_open_device() -> bool {
     File::options().read(true).write(true).open(DEVICE).is_ok()

@@ -19,8 +19,8 @@ const fn bad(arguments: &'static str, code: i32, stderr: &'static str) -> Bad {
 
 #[rustfmt::skip]
 pub const BAD_INPUTS: &[Bad] = &[
-    bad("bogus", 2, "cowdisk: no such command: bogus\ncommands of cowdisk: init, image, flavor, instance, mount, umount, status, upgrade, df, map, check, scrub, libvirt, completions"),
-    bad("help bogus", 2, "cowdisk: no such command: bogus\ncommands of cowdisk help: init, image, flavor, instance, mount, umount, status, upgrade, df, map, check, scrub, libvirt, completions"),
+    bad("bogus", 2, "cowdisk: no such command: bogus\ncommands of cowdisk: init, image, flavor, instance, mount, umount, status, upgrade, df, map, check, scrub, doctor, libvirt, completions"),
+    bad("help bogus", 2, "cowdisk: no such command: bogus\ncommands of cowdisk help: init, image, flavor, instance, mount, umount, status, upgrade, df, map, check, scrub, doctor, libvirt, completions"),
     bad("image", 2, "cowdisk: no command given\ncommands of cowdisk image: import, list, show, verify, remove"),
     bad("image imprt", 2, "cowdisk: no such command: imprt\na similar subcommand exists: 'import'"),
     bad("image import", 2, "cowdisk: missing <NAME> <FILE>\nusage: cowdisk image import [OPTIONS] <NAME> <FILE>"),

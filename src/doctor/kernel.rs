@@ -1,0 +1,176 @@
+//! The kernel, its FUSE, and what this user may do with them.
+
+use std::os::unix::fs::PermissionsExt as _;
+use std::path::Path;
+
+use rustix::process::{Resource, getrlimit};
+
+use super::Line;
+use super::tools::find_program;
+use crate::transport::mount::check_device;
+
+/// The first kernel that sends requests again after a kill (FUSE_NOTIFY_RESEND), and that serves files by passthrough.
+const RESENDS: (u32, u32) = (6, 9);
+
+/// The capability that mounting, and registering a file for passthrough, takes.
+const CAP_SYS_ADMIN: u32 = 21;
+
+/// Files that the daemon has open besides those of disks, and for each disk: map, data twice, base, live map.
+const FILES_OF_DAEMON: u64 = 100;
+const FILES_PER_DISK: u64 = 5;
+/// Open disks that any host should have room for.
+const DISKS_MIN: u64 = 100;
+
+/// Looks at the kernel.
+pub(super) fn look() -> Vec<Line> {
+    let system = rustix::system::uname();
+    let release = system.release().to_string_lossy().into_owned();
+    let version = version_of(&release);
+    let root = rustix::process::geteuid().is_root();
+    let mounts_itself = has_capability(CAP_SYS_ADMIN);
+    let mut lines = vec![kernel(&release, version), fuse(), rights(root, mounts_itself)];
+    if !root {
+        lines.push(fuse_conf());
+    }
+    lines.extend([passthrough(version, mounts_itself), uring(), open_files(), locked_memory()]);
+    lines
+}
+
+/// Major and minor number of a kernel's release, such as `6.18.44-fc`.
+fn version_of(release: &str) -> Option<(u32, u32)> {
+    let mut numbers = release.split(|c: char| !c.is_ascii_digit()).map(str::parse);
+    Some((numbers.next()?.ok()?, numbers.next()?.ok()?))
+}
+
+fn kernel(release: &str, version: Option<(u32, u32)>) -> Line {
+    match version {
+        Some(version) if version >= RESENDS => {
+            Line::ok("kernel", format!("Linux {release}: guests go on when the daemon is killed"))
+        }
+        Some(_) => Line::warning(
+            "kernel",
+            format!("Linux {release}: if the daemon is killed, guests get I/O errors"),
+            "run Linux 6.9 or newer, which sends unanswered requests to the next daemon",
+        ),
+        None => Line::warning(
+            "kernel",
+            format!("Linux {release}: its version is not understood"),
+            "see that it is 6.9 or newer",
+        ),
+    }
+}
+
+fn fuse() -> Line {
+    match check_device() {
+        Ok(()) => Line::ok("fuse", "/dev/fuse can be opened"),
+        Err(error) => {
+            let next = error.hint().unwrap_or("see what the device is: ls -l /dev/fuse").to_owned();
+            Line::problem("fuse", error.to_string(), next)
+        }
+    }
+}
+
+fn rights(root: bool, mounts_itself: bool) -> Line {
+    if mounts_itself {
+        return Line::ok("rights", "this user may mount");
+    }
+    if root {
+        let message = "root without CAP_SYS_ADMIN may not mount";
+        return Line::problem("rights", message, "run outside of the container, or give it CAP_SYS_ADMIN");
+    }
+    let install = "install it: apt-get install fuse3";
+    match find_program("fusermount3") {
+        None => Line::problem("rights", "this user may not mount, and there is no fusermount3", install),
+        Some(path) if !is_setuid(&path) => {
+            let message = format!("this user may not mount, and {} is not setuid root", path.display());
+            Line::problem("rights", message, "install it anew: apt-get install --reinstall fuse3")
+        }
+        Some(path) => Line::ok("rights", format!("this user mounts by {}", path.display())),
+    }
+}
+
+fn is_setuid(path: &Path) -> bool {
+    std::fs::metadata(path).is_ok_and(|metadata| metadata.permissions().mode() & 0o4000 != 0)
+}
+
+/// Whether users may let others, such as QEMU's user, into their mounts.
+fn fuse_conf() -> Line {
+    let text = std::fs::read_to_string("/etc/fuse.conf").unwrap_or_default();
+    match text.lines().any(|line| line.trim() == "user_allow_other") {
+        true => Line::ok("allow_other", "users may let others into their mounts"),
+        false => Line::warning(
+            "allow_other",
+            "only this user's own guests can open the disks, not those of the system's libvirtd",
+            "as root: echo user_allow_other >> /etc/fuse.conf",
+        ),
+    }
+}
+
+fn passthrough(version: Option<(u32, u32)>, may: bool) -> Line {
+    let message = match (version >= Some(RESENDS), may) {
+        (true, true) => "the kernel can serve files of a single source by itself",
+        (true, false) => "not for this user: it takes CAP_SYS_ADMIN; the daemon serves all disks",
+        (false, _) => "not before Linux 6.9; the daemon serves all disks",
+    };
+    Line::ok("passthrough", message)
+}
+
+fn uring() -> Line {
+    let message = match std::fs::read_to_string("/sys/module/fuse/parameters/enable_uring") {
+        Ok(text) if text.trim() == "Y" => "the kernel offers FUSE over io_uring",
+        Ok(_) => "FUSE over io_uring is switched off in the kernel (enable_uring of module fuse), as usual",
+        Err(_) => "the kernel has no FUSE over io_uring, or does not tell",
+    };
+    Line::ok("io_uring", message)
+}
+
+fn open_files() -> Line {
+    let limit = getrlimit(Resource::Nofile).maximum;
+    let Some(limit) = limit else { return Line::ok("open files", "without limit") };
+    let disks = limit.saturating_sub(FILES_OF_DAEMON) / FILES_PER_DISK;
+    let message = format!("at most {limit}: {disks} disks in use at the same time");
+    match disks {
+        DISKS_MIN.. => Line::ok("open files", message),
+        _ => Line::warning("open files", message, "raise the hard limit: ulimit -Hn, or LimitNOFILE="),
+    }
+}
+
+fn locked_memory() -> Line {
+    let message = match getrlimit(Resource::Memlock).maximum {
+        None => "without limit".to_owned(),
+        Some(limit) => format!("at most {limit} bytes; cowdisk locks none"),
+    };
+    Line::ok("locked memory", message)
+}
+
+/// Whether a capability is in effect for this process.
+fn has_capability(number: u32) -> bool {
+    let status = std::fs::read_to_string("/proc/thread-self/status").unwrap_or_default();
+    let effective = status.lines().find_map(|line| line.strip_prefix("CapEff:"));
+    effective
+        .and_then(|bits| u64::from_str_radix(bits.trim(), 16).ok())
+        .is_some_and(|bits| bits & (1 << number) != 0)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::doctor::Verdict;
+
+    #[test]
+    fn releases_of_kernels_are_understood() {
+        assert_eq!(version_of("6.18.44-fc-v657"), Some((6, 18)));
+        assert_eq!(version_of("7.0-rc1"), Some((7, 0)));
+        assert_eq!(version_of("custom"), None);
+    }
+
+    #[test]
+    fn a_kernel_that_sends_nothing_again_is_warned_of() {
+        assert_eq!(kernel("6.9.0", version_of("6.9.0")).verdict, Verdict::Ok);
+        for release in ["6.8.12", "5.15.0", "custom"] {
+            let line = kernel(release, version_of(release));
+            assert_eq!(line.verdict, Verdict::Warning, "{release}");
+            assert!(line.next.is_some());
+        }
+    }
+}

@@ -40,8 +40,8 @@ class Huge:
             finally:
                 os.close(fd)
 
-    def open(self) -> tuple[float, float, float]:
-        """Milliseconds to open and to read a block; MiB of the daemon before and after."""
+    def open(self) -> tuple[float, float, float, float]:
+        """Milliseconds to open and to read a block; MiB of the daemon before and after; milliseconds of a flush."""
         with self.store.mounted():
             pids = self.store.pids()
             unopened = pss_bytes(pids) / MIB
@@ -50,7 +50,11 @@ class Huge:
             try:
                 os.pread(fd, 4096, self.places[0])
                 milliseconds = (time.perf_counter() - before) * 1000
-                return milliseconds, unopened, pss_bytes(pids) / MIB
+                opened = pss_bytes(pids) / MIB
+                os.pwrite(fd, b"\x5b" * 4096, self.places[1])
+                before = time.perf_counter()
+                os.fsync(fd)
+                return milliseconds, unopened, opened, (time.perf_counter() - before) * 1000
             finally:
                 os.close(fd)
 
@@ -78,6 +82,7 @@ def measure(bench: Bench) -> None:
         column("open it and read a block", "ms", 0)
         column("memory before", "MiB", 1)
         column("memory with it open", "MiB", 2)
+        column("overwrite a block and flush", "ms", 3)
 
 
 GROUPS = ((GROUP, "a disk of 16 TiB less 4 KiB", measure),)

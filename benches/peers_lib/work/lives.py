@@ -38,6 +38,11 @@ class Way:
     create: Callable[[str], float]
     open: Callable[[str], float]
     remove: Callable[[str], float]
+    create_all: Callable[[list[str]], float]
+
+
+def one_by_one(create: Callable[[str], float]) -> Callable[[list[str]], float]:
+    return lambda disks: sum(create(disk) for disk in disks)
 
 
 def cowdisk_way(name: str, store: Store) -> Way:
@@ -46,6 +51,7 @@ def cowdisk_way(name: str, store: Store) -> Way:
         create=lambda disk: store.timed("instance", "create", disk, "--image", "base"),
         open=lambda disk: open_and_read(store.disk_path(disk)),
         remove=lambda disk: store.timed("instance", "remove", disk),
+        create_all=lambda disks: store.timed("instance", "create", *disks, "--image", "base"),
     )
 
 
@@ -59,12 +65,15 @@ def qcow2_way(place: Place) -> Way:
             open_and_read(served.path)
             return (time.perf_counter() - before) * 1000
 
-    create = ("qemu-img", "create", "-q", "-f", "qcow2", "-b", place.base, "-F", "raw")
+    def create(disk: str) -> float:
+        return timed("qemu-img", "create", "-q", "-f", "qcow2", "-b", place.base, "-F", "raw", path(disk))
+
     return Way(
         "qcow2, by qsd",
-        create=lambda disk: timed(*create, path(disk)),
+        create=create,
         open=serve,
         remove=lambda disk: timed("rm", path(disk)),
+        create_all=one_by_one(create),
     )
 
 
@@ -72,11 +81,15 @@ def reflink_way(reflink: Reflink) -> Way:
     def path(disk: str) -> Path:
         return reflink.folder / f"{disk}.raw"
 
+    def create(disk: str) -> float:
+        return timed("cp", "--reflink=always", reflink.base, path(disk))
+
     return Way(
         reflink.name,
-        create=lambda disk: timed("cp", "--reflink=always", reflink.base, path(disk)),
+        create=create,
         open=lambda disk: open_and_read(path(disk)),
         remove=lambda disk: timed("rm", path(disk)),
+        create_all=one_by_one(create),
     )
 
 
@@ -122,6 +135,12 @@ def measure_disks(bench: Bench) -> None:
             lambda way, _: Sample(sum(way.create(f"many-{n}") for n in range(many)) / 1000),
             rounds=1,
         )
+        bench.row(
+            Row("disks", f"create {many:,}, by one command where there is one", "s", False, base),
+            ways,
+            lambda way, _: Sample(way.create_all([f"at-once-{n}" for n in range(many)]) / 1000),
+            rounds=1,
+        )
 
 
 class Crowd:
@@ -133,8 +152,9 @@ class Crowd:
         self.store.do("image", "import", "base", place.base, "--format", "raw")
 
     def grow(self, instances: int) -> None:
-        for n in range(self.instances, instances):
-            self.store.do("instance", "create", f"guest-{n}", "--image", "base")
+        names = [f"guest-{n}" for n in range(self.instances, instances)]
+        if names:
+            self.store.do("instance", "create", *names, "--image", "base")
         self.instances = max(instances, self.instances)
 
     def paths(self, count: int) -> list[Path]:
@@ -154,6 +174,8 @@ def measure_daemon(bench: Bench) -> None:
 
 
 def measure_crowds(bench: Bench, crowds: list[Crowd], count: int) -> None:
+    opened = min(count, 1000)
+
     def row(title: str, unit: str, measure: Callable[[Crowd], float], *targets: AtMost) -> None:
         work = f"{title}, {count:,} instances"
         measured = Row("daemon", work, unit, higher_is_better=False, targets=targets)
@@ -175,12 +197,22 @@ def measure_crowds(bench: Bench, crowds: list[Crowd], count: int) -> None:
                 path.stat()
             return pss_bytes(crowd.store.pids()) / MIB
 
-    def open_memory(crowd: Crowd) -> float:
+    def open_some(crowd: Crowd) -> tuple[float, float]:
+        """Milliseconds to open the disks and to read from each, and MiB of the daemon with all of them open."""
         with crowd.store.mounted(), ExitStack() as files:
-            for path in crowd.paths(count):
+            before = time.perf_counter()
+            for path in crowd.paths(opened):
                 file = files.enter_context(open(path, "r+b", buffering=0))
                 file.read(4096)
-            return pss_bytes(crowd.store.pids()) / MIB
+            milliseconds = (time.perf_counter() - before) * 1000
+            return milliseconds, pss_bytes(crowd.store.pids()) / MIB
+
+    def stat_all(crowd: Crowd) -> float:
+        with crowd.store.mounted():
+            before = time.perf_counter()
+            for path in crowd.paths(count):
+                path.stat()
+            return (time.perf_counter() - before) * 1000
 
     def list_mount(crowd: Crowd) -> float:
         with crowd.store.mounted():
@@ -193,9 +225,11 @@ def measure_crowds(bench: Bench, crowds: list[Crowd], count: int) -> None:
     listed = [AtMost(200, "ms")] if count == 10000 else []
     row("cowdisk instance list", "ms", lambda crowd: crowd.store.timed("instance", "list"), *listed)
     row("readdir of the mount", "ms", list_mount, *listed)
-    row("memory, none open", "MiB", idle_memory, *([AtMost(64, "MiB")] if count == 1000 else []))
-    if count <= 1000:
-        row("memory, all open", "MiB", open_memory)
+    row("stat of every disk", "ms", stat_all)
+    row("memory, none open", "MiB", idle_memory)
+    row(f"open {opened:,} and read 4 KiB of each", "ms", lambda crowd: open_some(crowd)[0])
+    at_most = [AtMost(64, "MiB")] if opened == 1000 else []
+    row(f"memory, {opened:,} open", "MiB", lambda crowd: open_some(crowd)[1], *at_most)
 
 
 GROUPS = (

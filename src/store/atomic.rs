@@ -128,13 +128,9 @@ impl<'a> DraftDir<'a> {
     }
 }
 
-/// Renames each folder to its name in `parent`, none of which must exist, and makes all of that durable at once. Each file in
-/// them must be synced; the folders themselves are synced here. After an error none of them is in its place, or the message
-/// says which may be.
+/// Renames each folder to its name in `parent`, none of which must exist, and makes all of that durable at once. The folders and
+/// each file in them must be synced. After an error none of them is in its place, or the message says which may be.
 pub(super) fn commit_all(mut drafts: Vec<(DraftDir<'_>, &str)>, parent: &Dir) -> Result<()> {
-    for (draft, _) in &drafts {
-        draft.dir.sync()?;
-    }
     let placed = drafts
         .iter_mut()
         .try_for_each(|(draft, name)| draft.draft.place(parent, name, RenameFlags::NOREPLACE))

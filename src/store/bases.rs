@@ -215,6 +215,7 @@ impl Store {
         if self.bases.has(&id.to_string())? {
             return self.replace_base(&draft, id, lock);
         }
+        draft.folder.dir().sync()?;
         commit_all(vec![(draft.folder, &id.to_string())], &self.bases)
     }
 

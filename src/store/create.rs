@@ -8,6 +8,8 @@
 //! instances are written, and are on their way to the disk, before the first of them is synced: what is committed for it
 //! then holds what the others would wait for. The names of the group are made durable by one sync.
 
+use std::thread;
+
 use super::Store;
 use super::atomic::{DraftDir, commit_all};
 use super::dir::{Dir, MODE_PRIVATE};
@@ -32,6 +34,9 @@ const OVERLAYS_BYTES: u64 = 64 << 10;
 
 /// Instances that are made durable together. Each has up to six files and folders open meanwhile, and the store is locked.
 const GROUP: usize = 64;
+
+/// Threads that sync a group.
+const SYNC_THREADS: usize = 8;
 
 /// An instance that is whole, but for its place.
 struct Made<'a> {
@@ -226,16 +231,37 @@ impl Store {
     /// Syncs what is not synced, and has the instances appear. After an error none of them is there, or the message says
     /// what may be.
     fn publish(&self, made: Vec<Made<'_>>, _lock: &StoreLock) -> Result<Vec<Instance>> {
-        for Made { layers, record, .. } in &made {
-            layers.iter().try_for_each(LayerFiles::sync)?;
-            record.sync_all()?;
-        }
+        sync_all(&made)?;
         let (drafts, instances): (Vec<_>, Vec<_>) =
             made.into_iter().map(|Made { draft, instance, .. }| (draft, instance)).unzip();
         let named = drafts.into_iter().zip(instances.iter().map(|instance| instance.name.as_str()));
         commit_all(named.collect(), &self.instances)?;
         Ok(instances)
     }
+}
+
+/// Syncs all files and folders of instances that are not in their places yet.
+fn sync_all(made: &[Made<'_>]) -> Result<()> {
+    let sync = |Made { draft, layers, record, .. }: &Made<'_>| {
+        layers.iter().try_for_each(LayerFiles::sync)?;
+        record.sync_all()?;
+        draft.dir().sync()
+    };
+    if made.len() < SYNC_THREADS {
+        return made.iter().try_for_each(sync);
+    }
+    // For the first one the host commits what it has of all. What the others then wait for, each by itself, is that the disk
+    // empties its cache, and it does that for all who wait at once.
+    let (first, others) = made.split_at(1);
+    first.iter().try_for_each(sync)?;
+    thread::scope(|scope| {
+        let shares = others.chunks(others.len().div_ceil(SYNC_THREADS));
+        let syncing: Vec<_> =
+            shares.map(|share| scope.spawn(move || share.iter().try_for_each(sync))).collect();
+        syncing
+            .into_iter()
+            .try_for_each(|thread| thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)))
+    })
 }
 
 fn plan_root(size: Option<u64>, image: &Image, block_bytes: Option<u32>) -> Result<InstanceDisk> {

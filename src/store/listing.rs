@@ -125,7 +125,8 @@ impl Store {
 
     fn status_at(&self, folder: &Dir, name: &ObjectName) -> Result<InstanceStatus> {
         let instance = self.instance_at(folder, name)?;
-        let disks = instance.disks().map(|(disk, _)| self.disk_status_in(folder, name, disk));
+        let status = if instance.cow { Self::overlay_status_in } else { Self::disk_status_in };
+        let disks = instance.disks().map(|(disk, _)| status(self, folder, name, disk));
         let disks = disks.collect::<Result<_>>()?;
         Ok(InstanceStatus { instance, disks })
     }
@@ -156,6 +157,11 @@ impl Store {
         if let Some(raw) = folder.stat_file(disk_file(disk, DiskPart::Raw))? {
             return Ok(status_of_file(&raw));
         }
+        self.overlay_status_in(folder, instance, disk)
+    }
+
+    /// [`Store::disk_status_in`] of a disk that is an overlay.
+    fn overlay_status_in(&self, folder: &Dir, instance: &ObjectName, disk: DiskName) -> Result<DiskStatus> {
         let map = self.open_map(folder, instance, disk)?;
         let data = disk_file(disk, DiskPart::Data);
         let data = folder.stat_file(data)?.ok_or_else(|| {

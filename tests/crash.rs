@@ -161,33 +161,41 @@ impl Enumeration<'_> {
         }
     }
 
-    /// Cuts the power so that a first commit leaves one of its changes alone, its record for one; and again, when the next
-    /// session has begun.
+    /// Cuts the power so that a first commit leaves one of its changes alone, or all but one: its record without the
+    /// superblock, for one; and again, when the next session has begun.
     fn cut_first_commit_short(&mut self, seed: u64) {
         self.rng = Rng(seed);
         let disk = Disk::random(&mut self.rng);
-        let (log, _) = self.record(&disk, &[], &[Op::Write(0, 0, 512), Op::Flush]);
+        let (log, first) = self.record(&disk, &[], &[Op::Write(0, 0, 512), Op::Flush]);
         let mut moment = Moment::new(&log, Oracle::new(disk.contents(), disk.geometry.size()), None);
         for (number, event) in log.events.iter().enumerate() {
             moment.step(number, event);
-            if !matches!(event, Event::Change(MAP, _)) {
+            if number < first || !matches!(event, Event::Change(MAP, _)) {
                 continue;
             }
-            let left = moment.files.left(&Choice::Only(number));
-            let (log, overlay, now) = self.open_state(&disk, left, &moment);
-            let oracle = Oracle::new(now.clone(), overlay.size());
-            let (disk, size, live, writes) = (&disk, overlay.size(), &self.live, &mut self.writes);
-            let mut run = Run { disk, live, log, overlay: Some(overlay), now, size, writes };
-            run.apply(&Op::Preallocate(0, 0, 512));
-            let log = run.end();
-            let mut again = Moment::new(&log, oracle, None);
-            for (number, event) in log.events.iter().enumerate() {
-                again.step(number, event);
-                for subset in 0..8 {
-                    let choice = Choice::Changes(Rng(seed ^ subset));
-                    let what = || format!("second one after {number}, {event:?}, leaving {choice:?}");
-                    telling(what, || self.open_state(disk, again.files.left(&choice), &again));
-                }
+            let pending: Vec<usize> = moment.files.0[MAP].pending.iter().map(|(number, _)| *number).collect();
+            for choice in pending.into_iter().map(Choice::AllBut).chain([Choice::Only(number)]) {
+                let what = || format!("power cut after event {number}, {event:?}, leaving {choice:?}");
+                telling(what, || self.cut_again(&disk, &moment, &choice, seed));
+            }
+        }
+    }
+
+    /// Opens what a power cut leaves, begins the next session, and cuts the power after each of its events.
+    fn cut_again(&mut self, disk: &Disk, moment: &Moment, choice: &Choice, seed: u64) {
+        let (log, overlay, now) = self.open_state(disk, moment.files.left(choice), moment);
+        let oracle = Oracle::new(now.clone(), overlay.size());
+        let (size, live, writes) = (overlay.size(), &self.live, &mut self.writes);
+        let mut run = Run { disk, live, log, overlay: Some(overlay), now, size, writes };
+        run.apply(&Op::Preallocate(0, 0, 512));
+        let log = run.end();
+        let mut again = Moment::new(&log, oracle, None);
+        for (number, event) in log.events.iter().enumerate() {
+            again.step(number, event);
+            for subset in 0..8 {
+                let choice = Choice::Changes(Rng(seed ^ subset));
+                let what = || format!("second one after {number}, {event:?}, leaving {choice:?}");
+                telling(what, || self.open_state(disk, again.files.left(&choice), &again));
             }
         }
     }

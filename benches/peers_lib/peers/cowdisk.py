@@ -1,6 +1,7 @@
 """cowdisk: a store, its mount, and an instance per disk."""
 
 import os
+import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from itertools import count
@@ -58,11 +59,10 @@ class StoreMaker:
     """Makes stores, each with an empty mountpoint beside it, of one program and one set of mount options."""
 
     def __init__(self, program: Path, run_dirs: Path, options: str):
-        self.program, self.run_dirs, self.options, self.numbers = program, run_dirs, options, count()
+        self.program, self.run_dirs, self.options = program, run_dirs, options
 
     def make(self, folder: Path) -> Store:
-        run_dir = self.run_dirs / f"run-{next(self.numbers)}"
-        run_dir.mkdir(mode=0o700)
+        run_dir = Path(tempfile.mkdtemp(prefix="run-", dir=self.run_dirs))
         store = Store(self.program, folder, run_dir, self.options)
         store.mountpoint.mkdir()
         return store

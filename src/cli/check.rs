@@ -4,7 +4,8 @@ use clap::Args;
 use serde::Serialize;
 
 use super::Session;
-use super::args::{Form, MapTarget, map_target};
+use super::args::{Form, MapTarget};
+use super::values::map_target;
 use crate::error::{Error, ErrorKind, Result};
 use crate::finding::{Finding, Outcome, Remedy, Severity};
 use crate::store::{CheckReport, CheckRequest, CheckTarget, Store};

@@ -20,6 +20,7 @@ mod scrub;
 mod status;
 mod upgrade;
 mod usage;
+mod values;
 
 use std::ffi::OsString;
 use std::path::PathBuf;

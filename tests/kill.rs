@@ -170,7 +170,7 @@ fn run_stream(path: &Path, seed: u64, stream: usize) -> usize {
         };
         if let Err(error) = result {
             // EIO is what direct I/O gets that was cut short. That the daemon answered none is seen in its log.
-            let expected = [libc::ENOTCONN, libc::ECONNABORTED, libc::EIO];
+            let expected = [libc::ENOTCONN, libc::ECONNABORTED, libc::ECANCELED, libc::EIO];
             assert!(
                 error.raw_os_error().is_some_and(|errno| expected.contains(&errno)),
                 "stream {stream}, step {index}, {step:?}: {error}"

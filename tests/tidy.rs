@@ -23,8 +23,9 @@ const LAYERS: [&str; 14] = [
 ];
 
 /// Crates and the folders, or files, that may name them.
-const HOMES: [(&str, &[&str]); 14] = [
+const HOMES: [(&str, &[&str]); 15] = [
     ("fuser", &["transport"]),
+    ("io_uring", &["transport/dev_fuse/uring"]),
     ("httparse", &["daemon/http.rs"]),
     ("clap", &["cli"]),
     ("clap_complete", &["cli"]),

@@ -23,10 +23,25 @@ pub(super) fn mount(session: &Session, args: &MountArgs) -> Result<()> {
         daemon::spawn(&session.store, &args.mountpoint, &options)?;
         let store = store.with_space_policy(options.space);
         daemon::as_owner_of(&store, || {
+            tell_transport(&store);
             warn_of_refused_disks(&store);
             warn_if_high(&store);
             Ok(())
         })
+    }
+}
+
+/// Says by `-v` what reads the kernel's requests, and why that.
+fn tell_transport(store: &Store) {
+    if !log::log_enabled!(log::Level::Info) {
+        return;
+    }
+    match daemon::status(store) {
+        Ok(Some(status)) => {
+            log::info!("served by the transport {}, {}", status.transport, status.transport_reason);
+        }
+        Ok(None) => log::info!("unmounted again"),
+        Err(error) => log::warn!("{error}"),
     }
 }
 

@@ -63,7 +63,7 @@ fn show(session: &mut Session, status: &Status) -> Result<()> {
         ("keeper", keeper(status)),
         ("since", status.started.to_string()),
         ("options", status.options.clone()),
-        ("transport", status.transport.clone()),
+        ("transport", format!("{}, {}", status.transport, status.transport_reason)),
         ("host's file system", left),
         ("instances", status.instances.to_string()),
         ("open files", status.open_files.to_string()),

@@ -44,8 +44,10 @@ pub(super) fn page(identity: &Identity, fs: &Fs) -> Result<String> {
     page.metric("cowdisk_build_info", "gauge", "Version of the daemon.");
     page.value("cowdisk_build_info", concat!("version=\"", env!("CARGO_PKG_VERSION"), "\""), 1);
     let name = "cowdisk_transport_info";
-    page.metric(name, "gauge", "What reads the kernel's requests.");
-    page.value(name, &format!("transport=\"{}\"", identity.transport()), 1);
+    page.metric(name, "gauge", "What reads the kernel's requests, and why that.");
+    let choice = identity.transport();
+    let labels = format!("transport=\"{}\",reason=\"{}\"", choice.transport, choice.reason);
+    page.value(name, &labels, 1);
     let started = u64::try_from(identity.started().unix_seconds()).unwrap_or(0);
     page.single("cowdisk_start_time_seconds", "gauge", "When it began to serve, since 1970.", started);
     if let Some(keeper) = identity.keeper() {

@@ -60,9 +60,11 @@ fn check_empty_directory(path: &Path) -> Result<()> {
     }
 }
 
-/// Whether the daemon behind a FUSE mount has ended. `statfs` is never answered from the kernel's memory.
+/// Whether the daemon behind a FUSE mount has ended, even if only while it was asked. `statfs` is never answered from the
+/// kernel's memory.
 fn is_dead(path: &Path) -> bool {
-    matches!(rustix::fs::statvfs(path), Err(rustix::io::Errno::NOTCONN))
+    use rustix::io::Errno;
+    matches!(rustix::fs::statvfs(path), Err(Errno::NOTCONN | Errno::CONNABORTED | Errno::CANCELED))
 }
 
 /// Takes away a mount whose daemon has ended.

@@ -25,7 +25,7 @@ pub const FLUSH_SECONDS_MAX: u32 = 3600;
 pub struct MountOptions {
     /// Nothing below the mount can be changed.
     pub read_only: bool,
-    /// How the kernel's requests are read and answered. `None`: [`Transport::of_environment`].
+    /// How the kernel's requests are read and answered. `None`: see [`Choice::of`](crate::transport::Choice::of).
     pub transport: Option<Transport>,
     /// Threads that read requests, 1 to [`THREADS_MAX`]. `None`: [`Transport::threads`].
     pub threads: Option<usize>,
@@ -72,7 +72,7 @@ impl MountOptions {
     /// Reads comma-separated options; an empty text or empty options are fine, and of contradicting ones the last
     /// holds.
     ///
-    /// Ours: `ro`, `rw`, `transport=NAME` (see [`Transport`]), `threads=N`, `allow_other`, `noallow_other`, `flush=SECONDS`,
+    /// Ours: `ro`, `rw`, `transport=NAME` (one of [`Transport::ALL`]), `threads=N`, `allow_other`, `noallow_other`, `flush=SECONDS`,
     /// `accept_loss`, `reserve=SIZE`, `high_water=PERCENT`, `log=FILE`. Those that only concern mount(8), systemd or the
     /// caches of other filesystems are accepted and do nothing: `defaults`, `auto`, `noauto`, `nofail`, `user`, `users`,
     /// `owner`, `group` and their `no…`, `_netdev`, `x-…`, `comment=…`, `async`, `atime`, `noatime`, `relatime`,
@@ -287,6 +287,7 @@ mod tests {
     fn written_options_read_back_the_same() {
         for text in [
             "ro,transport=fuser,threads=7,allow_other,flush=9,log=/x",
+            "transport=io_uring",
             "noallow_other",
             "reserve=0,high_water=1",
             "reserve=3M,high_water=100",

@@ -23,7 +23,7 @@ use super::unmounter::Unmounter;
 use crate::error::{Context, Error, Result};
 use crate::fs::Fs;
 use crate::store::{ServeLock, Store, Timestamp};
-use crate::transport::{Session, Transport};
+use crate::transport::{Alone, Choice, Session, Transport};
 
 /// Open files wanted: for 200,000 overlays, each of which takes five (map, data twice, base and live map), and
 /// some besides.
@@ -51,10 +51,14 @@ pub(super) fn serve(
     options: &MountOptions,
     on_ready: impl FnOnce(),
 ) -> Result<()> {
-    match options.transport.map_or_else(Transport::of_environment, Ok)? {
-        Transport::DevFuse => keeper::keep(store, mountpoint, options, on_ready),
-        Transport::Fuser => serve_alone(store, mountpoint, options, on_ready),
-    }
+    let choice = Choice::of(options.transport)?;
+    choice.transport.require()?;
+    let alone = match choice.transport {
+        Transport::DevFuse => return keeper::keep(store, mountpoint, options, on_ready),
+        Transport::IoUring => Alone::IoUring,
+        Transport::Fuser => Alone::Fuser,
+    };
+    serve_alone(store, mountpoint, options, (alone, choice), on_ready)
 }
 
 /// Takes the right to serve `store` on `mountpoint`, which becomes absolute.
@@ -76,6 +80,7 @@ fn serve_alone(
     store: Store,
     mountpoint: &Path,
     options: &MountOptions,
+    (alone, choice): (Alone, Choice),
     on_ready: impl FnOnce(),
 ) -> Result<()> {
     let (store, mountpoint, lock) = take(store, mountpoint, options)?;
@@ -93,14 +98,15 @@ fn serve_alone(
     let (events, inbox) = channel();
     let signals = watch_signals(&events)?;
     let background = Background::start(Arc::clone(&fs), options.flush_seconds)?;
-    let session = Session::begin(device, Arc::clone(&fs), options.threads(Transport::Fuser))?;
+    let threads = options.threads(choice.transport);
+    let session = Session::begin(alone, device, Arc::clone(&fs), threads)?;
     await_end(Arc::new(session), events)?;
     mounted.answered();
     // Nobody's disk depends on it.
-    let identity = Identity::new(&source, &mountpoint, options, Timestamp::now(), None);
+    let identity = Identity::new(&source, &mountpoint, options, Timestamp::now(), choice, None);
     let control = Control::start(&run_dir, identity, Arc::clone(&fs))
         .inspect_err(|error| log::warn!("serving without a control socket: {error}"));
-    log::info!("serving {} on {} by the transport fuser", source.display(), mountpoint.display());
+    log::info!("serving {} on {} by the transport {choice}", source.display(), mountpoint.display());
     log::info!("with that transport no other process can take over from this one");
     on_ready();
     let mut attendant = Attendant { inbox, mountpoint, device: number, fs: &fs, unmounter, patience: None };

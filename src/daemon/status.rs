@@ -11,7 +11,7 @@ use super::worker::KeeperLink;
 use crate::error::{Error, ErrorKind, Result};
 use crate::fs::{DiskState, Fs};
 use crate::store::{SpaceNow, Timestamp};
-use crate::transport::Transport;
+use crate::transport::Choice;
 
 /// A daemon that serves a store. Sizes are bytes.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -32,6 +32,9 @@ pub struct Status {
     pub options: String,
     /// What reads the kernel's requests, as `-o transport=` takes it.
     pub transport: String,
+    /// Why that one; empty from a daemon that does not tell.
+    #[serde(default)]
+    pub transport_reason: String,
     /// The host's filesystem.
     pub host: HostStatus,
     /// Instances of the store.
@@ -119,7 +122,7 @@ pub(super) struct Identity {
     mountpoint: PathBuf,
     started: Timestamp,
     options: String,
-    transport: Transport,
+    transport: Choice,
     keeper: Option<(KeeperStatus, Arc<KeeperLink>)>,
 }
 
@@ -130,16 +133,15 @@ impl Identity {
         mountpoint: &Path,
         options: &MountOptions,
         started: Timestamp,
+        transport: Choice,
         keeper: Option<(KeeperStatus, Arc<KeeperLink>)>,
     ) -> Self {
         let (store, mountpoint) = (store.to_owned(), mountpoint.to_owned());
-        // Only ours can be kept.
-        let transport = if keeper.is_some() { Transport::DevFuse } else { Transport::Fuser };
         Self { store, mountpoint, started, options: options.to_string(), transport, keeper }
     }
 
-    /// What reads the kernel's requests.
-    pub(super) fn transport(&self) -> Transport {
+    /// What reads the kernel's requests, and why.
+    pub(super) fn transport(&self) -> Choice {
         self.transport
     }
 
@@ -156,7 +158,7 @@ impl Identity {
         match &self.keeper {
             Some((_, link)) => link.upgrade(asker),
             None => {
-                let message = format!("the transport {} cannot be handed over", self.transport);
+                let message = format!("the transport {} cannot be handed over", self.transport.transport);
                 Err(Error::new(ErrorKind::Unsupported, message).with_hint("unmount, and mount again"))
             }
         }
@@ -194,7 +196,8 @@ impl Identity {
             mountpoint: self.mountpoint.clone(),
             started: self.started,
             options: self.options.clone(),
-            transport: self.transport.to_string(),
+            transport: self.transport.transport.to_string(),
+            transport_reason: self.transport.reason.to_string(),
             host: HostStatus::from(&fs.look_at_space()?),
             instances: fs.count_instances()?,
             open_files: fs.open_files(),

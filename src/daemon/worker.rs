@@ -30,7 +30,7 @@ use super::unmounter::Unmounter;
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::fs::{Fs, Ledger};
 use crate::store::{ServeLock, Store};
-use crate::transport::{Connection, Session, Transport, Unanswered};
+use crate::transport::{Choice, Connection, Session, Transport, Unanswered};
 
 /// Set to 1 in the environment of a process whose standard input is a socket to its keeper.
 pub(super) const VARIABLE: &str = "COWDISK_KEPT";
@@ -195,10 +195,11 @@ impl<'a> Worker<'a> {
         await_end(Arc::clone(&session), events)?;
         // Nobody's disk depends on it.
         let known = Some((handover.keeper.clone(), Arc::clone(&keeper)));
-        let identity = Identity::new(&source, &mountpoint, options, handover.started, known);
+        let choice = Choice::of(options.transport)?;
+        let identity = Identity::new(&source, &mountpoint, options, handover.started, choice, known);
         let control = Control::start(&run_dir, identity, Arc::clone(&fs))
             .inspect_err(|error| log::warn!("serving without a control socket: {error}"));
-        log::info!("serving {} on {} by the transport dev_fuse", source.display(), mountpoint.display());
+        log::info!("serving {} on {} by the transport {choice}", source.display(), mountpoint.display());
         // A keeper that has died meanwhile is told nothing.
         let _ = keeper.link.tell(&ToKeeper::Ready, &[]);
         let unmounter = Unmounter::by_keeper(mountpoint.clone(), Arc::clone(&keeper));

@@ -142,7 +142,11 @@ impl<T: Request> Aio<T> {
         *self.slots[slot].lock() = Some(request);
         match self.enqueue(&mut control) {
             Ok(()) => Ok(()),
-            Err(_) => Err(self.take(slot).expect("put there above, and the kernel has not taken it")),
+            Err(_) => {
+                let request = self.slots[slot].lock().take();
+                self.free.lock().push(slot);
+                Err(request.expect("put there above, and the kernel has not taken it"))
+            }
         }
     }
 
@@ -157,13 +161,7 @@ impl<T: Request> Aio<T> {
         }
     }
 
-    fn take(&self, slot: usize) -> Option<T> {
-        let request = self.slots.get(slot)?.lock().take();
-        self.free.lock().push(slot);
-        request
-    }
-
-    /// How many requests are under way.
+    /// How many requests are under way; one of them is until [`Aio::serve`] has said so and been answered.
     pub fn under_way(&self) -> usize {
         self.slots.len() - self.free.lock().len()
     }
@@ -183,16 +181,17 @@ impl<T: Request> Aio<T> {
                 }
             };
             for event in &events[..count] {
-                match usize::try_from(event.data).ok().and_then(|slot| self.take_done(event.data, slot)) {
-                    Some(request) => done(request, result(event.result)),
-                    None => closed = true,
+                let slot = usize::try_from(event.data).unwrap_or(usize::MAX);
+                let Some(guard) = self.slots.get(slot) else {
+                    closed = true;
+                    continue;
+                };
+                if let Some(request) = guard.lock().take() {
+                    done(request, result(event.result));
                 }
+                self.free.lock().push(slot);
             }
         }
-    }
-
-    fn take_done(&self, data: u64, slot: usize) -> Option<T> {
-        if data == CLOSED { None } else { self.take(slot) }
     }
 
     fn wait(&self, events: &mut [Event; BATCH]) -> io::Result<usize> {

@@ -28,37 +28,93 @@ pub enum Transport {
     /// Our own on `/dev/fuse`.
     #[default]
     DevFuse,
+    /// Our own by io_uring: faster, but no other process can take it over.
+    IoUring,
     /// That of the crate `fuser`.
     Fuser,
-}
-
-impl Transport {
-    /// All of them.
-    pub const ALL: [Self; 2] = [Self::DevFuse, Self::Fuser];
-
-    /// Threads that read requests, unless the options say otherwise. Those of [`Self::DevFuse`] wait for the host's disk
-    /// themselves, and sleep when they are not needed.
-    pub fn threads(self) -> usize {
-        match self {
-            Self::DevFuse => 48,
-            Self::Fuser => 2 * std::thread::available_parallelism().map_or(2, usize::from).clamp(2, 8),
-        }
-    }
 }
 
 /// Environment variable that names the transport of mounts whose options name none.
 pub const TRANSPORT_VARIABLE: &str = "COWDISK_TRANSPORT";
 
 impl Transport {
-    /// That of [`TRANSPORT_VARIABLE`], if it is set and not empty, or else the default.
+    /// All of them.
+    pub const ALL: [Self; 3] = [Self::DevFuse, Self::IoUring, Self::Fuser];
+
+    /// Threads that read requests, unless the options say otherwise. Those of [`Self::DevFuse`] wait for the host's disk
+    /// themselves, and sleep when they are not needed; of [`Self::IoUring`] there are no more than processors.
+    pub fn threads(self) -> usize {
+        match self {
+            Self::DevFuse => 48,
+            Self::IoUring => 64,
+            Self::Fuser => 2 * std::thread::available_parallelism().map_or(2, usize::from).clamp(2, 8),
+        }
+    }
+
+    /// Whether this host has what it needs. Nothing is changed.
     ///
     /// # Errors
-    /// [`ErrorKind::Invalid`] if the variable names none.
-    pub fn of_environment() -> Result<Self> {
-        match std::env::var(TRANSPORT_VARIABLE) {
-            Ok(text) if !text.is_empty() => text.parse::<Self>().context(|| TRANSPORT_VARIABLE),
-            _ => Ok(Self::default()),
+    /// [`ErrorKind::Unsupported`], with what to do about it.
+    pub fn require(self) -> Result<()> {
+        match self {
+            Self::IoUring => dev_fuse::require_rings(),
+            Self::DevFuse | Self::Fuser => Ok(()),
         }
+    }
+}
+
+/// Why a mount has the transport that it has.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Reason {
+    /// Its options name it.
+    Options,
+    /// [`TRANSPORT_VARIABLE`] names it.
+    Environment,
+    /// Nothing names one.
+    Default,
+}
+
+impl fmt::Display for Reason {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Options => f.write_str("named by the mount's options"),
+            Self::Environment => write!(f, "named by {TRANSPORT_VARIABLE}"),
+            Self::Default => f.write_str("the default"),
+        }
+    }
+}
+
+/// A transport, and why it was chosen.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Choice {
+    /// Which one.
+    pub transport: Transport,
+    /// Why that one.
+    pub reason: Reason,
+}
+
+impl Choice {
+    /// What a mount's options name, or else [`TRANSPORT_VARIABLE`] if it is set and not empty, or else the default.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Invalid`] if the variable is asked and names none.
+    pub fn of(named: Option<Transport>) -> Result<Self> {
+        if let Some(transport) = named {
+            return Ok(Self { transport, reason: Reason::Options });
+        }
+        match std::env::var(TRANSPORT_VARIABLE) {
+            Ok(text) if !text.is_empty() => {
+                let transport = text.parse::<Transport>().context(|| TRANSPORT_VARIABLE)?;
+                Ok(Self { transport, reason: Reason::Environment })
+            }
+            _ => Ok(Self { transport: Transport::default(), reason: Reason::Default }),
+        }
+    }
+}
+
+impl fmt::Display for Choice {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}, {}", self.transport, self.reason)
     }
 }
 
@@ -66,6 +122,7 @@ impl fmt::Display for Transport {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
             Self::DevFuse => "dev_fuse",
+            Self::IoUring => "io_uring",
             Self::Fuser => "fuser",
         })
     }
@@ -76,9 +133,18 @@ impl FromStr for Transport {
 
     fn from_str(text: &str) -> Result<Self> {
         Self::ALL.into_iter().find(|transport| transport.to_string() == text).ok_or_else(|| {
-            Error::new(ErrorKind::Invalid, format!("transport {text:?}: must be dev_fuse or fuser"))
+            Error::new(ErrorKind::Invalid, format!("transport {text:?}: must be dev_fuse, io_uring or fuser"))
         })
     }
+}
+
+/// The transports of which one process alone serves a mount.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Alone {
+    /// [`Transport::IoUring`].
+    IoUring,
+    /// [`Transport::Fuser`].
+    Fuser,
 }
 
 /// A session of the kernel with the filesystem; ends when the mount goes away.
@@ -86,18 +152,24 @@ impl FromStr for Transport {
 pub enum Session {
     /// On [`Transport::DevFuse`].
     DevFuse(dev_fuse::DevFuseSession),
+    /// On [`Transport::IoUring`].
+    IoUring(dev_fuse::RingSession),
     /// On [`Transport::Fuser`].
     Fuser(fuser::FuserSession),
 }
 
 impl Session {
-    /// A session of [`Transport::Fuser`]: answers the kernel's INIT on a descriptor that has just been mounted and starts
-    /// `threads` threads, at least 1. Requests are answered when this returns. No other process can take it over.
+    /// A session that no other process can take over, of a transport for which that is so: answers the kernel's INIT on a
+    /// descriptor that has just been mounted and starts up to `threads` threads, at least 1. Requests are answered when this
+    /// returns.
     ///
     /// # Errors
-    /// If the kernel speaks no version of the protocol that we do.
-    pub fn begin(device: OwnedFd, fs: Arc<Fs>, threads: usize) -> Result<Self> {
-        Ok(Self::Fuser(fuser::FuserSession::start(device, fs, threads)?))
+    /// If the kernel speaks no version of the protocol that we do; those of [`Transport::require`].
+    pub fn begin(transport: Alone, device: OwnedFd, fs: Arc<Fs>, threads: usize) -> Result<Self> {
+        Ok(match transport {
+            Alone::IoUring => Self::IoUring(dev_fuse::RingSession::start(device, fs, threads)?),
+            Alone::Fuser => Self::Fuser(fuser::FuserSession::start(device, fs, threads)?),
+        })
     }
 
     /// A session of [`Transport::DevFuse`] on a connection that has begun, with `threads` threads, at least 1. Requests are
@@ -122,6 +194,7 @@ impl Session {
     pub fn wait(&self) -> Result<()> {
         match self {
             Self::DevFuse(session) => session.wait(),
+            Self::IoUring(session) => session.wait(),
             Self::Fuser(session) => session.wait(),
         }
     }
@@ -135,8 +208,8 @@ impl Session {
     pub fn hand_over(&self, patience: Duration) -> Result<()> {
         match self {
             Self::DevFuse(session) => session.hand_over(patience),
-            Self::Fuser(_) => {
-                Err(Error::new(ErrorKind::Unsupported, "the transport fuser cannot be handed over"))
+            Self::IoUring(_) | Self::Fuser(_) => {
+                Err(Error::new(ErrorKind::Unsupported, "this transport cannot be handed over"))
             }
         }
     }
@@ -148,7 +221,7 @@ impl Session {
     pub fn take_back(&self) -> Result<()> {
         match self {
             Self::DevFuse(session) => session.take_back(),
-            Self::Fuser(_) => Ok(()),
+            Self::IoUring(_) | Self::Fuser(_) => Ok(()),
         }
     }
 }

@@ -69,7 +69,8 @@ fn status_shows_a_mounted_and_an_unmounted_store() {
         assert_eq!(daemon["mountpoint"], place.path("mnt"));
         assert_eq!(daemon["host"]["reserve"], 3 << 20);
         assert!(daemon["options"].as_str().unwrap().contains("threads=2"));
-        assert!(["dev_fuse", "fuser"].contains(&daemon["transport"].as_str().unwrap()));
+        assert!(["dev_fuse", "io_uring", "fuser"].contains(&daemon["transport"].as_str().unwrap()));
+        assert!(!daemon["transport_reason"].as_str().unwrap().is_empty());
         assert_eq!(daemon["disks"].as_array().unwrap().len(), 1);
         let disk = &daemon["disks"][0];
         assert_eq!((&disk["name"], &disk["state"]), (&"inst/disk".into(), &"open".into()));

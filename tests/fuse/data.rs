@@ -260,7 +260,8 @@ fn writing_asks_the_daemon_for_nothing_but_the_writes() {
             file.write_all_at(&Aligned::new(4096), block * 4096).unwrap();
         }
         let log = mount.log();
-        let is_request = |line: &&str| line.contains("fuser::request") || line.contains("dev_fuse::serve");
+        let modules = ["fuser::request", "dev_fuse::serve", "dev_fuse::uring::serve"];
+        let is_request = |line: &&str| modules.iter().any(|module| line.contains(module));
         let requests: Vec<_> = log.lines().skip(before).filter(is_request).collect();
         let writes = requests.iter().filter(|line| line.contains("WRITE ")).count();
         assert_eq!((writes, requests.len()), (100, 100), "{requests:#?}");
@@ -303,4 +304,34 @@ fn an_independent_disk_is_served_under_the_same_name() {
     expected.resize(9 * MIB as usize, 0);
     assert!(std::fs::read(&path).unwrap() == expected);
     assert_eq!(errno(file.write_at(b"x", 9 * MIB)), libc::EFBIG);
+}
+
+/// By io_uring the kernel has entries for so many requests of a processor; all others wait for one to be answered.
+#[test]
+fn more_requests_at_once_than_a_transport_takes_on_are_all_answered() {
+    const THREADS: u64 = 200;
+    const OWN: u64 = 64 * KIB;
+    let mount = TestMount::new();
+    let begin = std::sync::Barrier::new(THREADS as usize);
+    std::thread::scope(|scope| {
+        for number in 0..THREADS {
+            let (begin, mount) = (&begin, &mount);
+            scope.spawn(move || {
+                let file = open_with(&mount.local(), libc::O_DIRECT).unwrap();
+                let mut buffer = Aligned::new(4096);
+                begin.wait();
+                for step in 0..8 {
+                    let (offset, byte) = (number * OWN + step * 8 * KIB, u8::try_from(number).unwrap());
+                    buffer.fill(byte);
+                    file.write_all_at(&buffer, offset).unwrap();
+                    if step % 4 == 3 {
+                        file.sync_data().unwrap();
+                    }
+                    buffer.fill(255);
+                    file.read_exact_at(&mut buffer, offset).unwrap();
+                    assert!(buffer.iter().all(|found| *found == byte), "thread {number}, offset {offset}");
+                }
+            });
+        }
+    });
 }

@@ -130,7 +130,9 @@ fn every_write_that_was_answered_survives_a_killed_daemon() {
 fn a_dead_mount_is_taken_away_by_the_next_mount() {
     let mut mount = TestMount::new();
     mount.kill();
-    assert_eq!(errno(std::fs::metadata(mount.disk())), libc::ENOTCONN);
+    // A ring outlives its process for a moment: who asks just then has his request cut off or taken back.
+    let refused = errno(std::fs::metadata(mount.disk()));
+    assert!([libc::ENOTCONN, libc::ECONNABORTED, libc::ECANCELED].contains(&refused), "{refused}");
     mount.mount().unwrap();
     assert!(std::fs::metadata(mount.disk()).is_ok());
     mount.unmount().unwrap();

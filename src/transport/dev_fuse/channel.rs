@@ -4,12 +4,14 @@
 
 use std::io::{self, IoSlice};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::Arc;
 use std::time::Duration;
 
 use rustix::fs::OFlags;
 use rustix::io::Errno as Os;
 use zerocopy::IntoBytes;
 
+use super::uring::Entry;
 use super::wire::OutHeader;
 use crate::fs::Errno;
 
@@ -119,34 +121,53 @@ impl Channel {
 /// The answer that a request still needs. Dropped without one, by a panic say, it answers EIO: nobody may wait for ever.
 #[derive(Debug)]
 pub struct Reply {
-    channel: std::sync::Arc<Channel>,
-    unique: u64,
-    answered: bool,
+    /// Where to; nothing once it is answered.
+    to: Option<Destination>,
+}
+
+/// How an answer reaches the kernel: as its request came.
+#[derive(Debug)]
+enum Destination {
+    /// Written to this channel, under the request's number.
+    Channel(Arc<Channel>, u64),
+    /// In the entry of a ring that holds the request. It answers EIO itself if it is dropped.
+    Entry(Entry),
 }
 
 impl Reply {
     /// The answer to request `unique`, which was read from `channel`.
-    pub fn new(channel: std::sync::Arc<Channel>, unique: u64) -> Self {
-        Self { channel, unique, answered: false }
+    pub fn new(channel: Arc<Channel>, unique: u64) -> Self {
+        Self { to: Some(Destination::Channel(channel, unique)) }
+    }
+
+    /// The answer to the request in `entry`.
+    pub fn in_entry(entry: Entry) -> Self {
+        Self { to: Some(Destination::Entry(entry)) }
     }
 
     /// Answers with `parts`, at most three, one after the other.
     pub fn answer(mut self, parts: &[&[u8]]) {
-        self.answered = true;
-        self.channel.answer(self.unique, parts);
+        match self.to.take() {
+            Some(Destination::Channel(channel, unique)) => channel.answer(unique, parts),
+            Some(Destination::Entry(entry)) => entry.answer(parts),
+            None => {}
+        }
     }
 
     /// Answers with an error.
     pub fn refuse(mut self, errno: Errno) {
-        self.answered = true;
-        self.channel.refuse(self.unique, errno);
+        match self.to.take() {
+            Some(Destination::Channel(channel, unique)) => channel.refuse(unique, errno),
+            Some(Destination::Entry(entry)) => entry.refuse(errno),
+            None => {}
+        }
     }
 }
 
 impl Drop for Reply {
     fn drop(&mut self) {
-        if !self.answered {
-            self.channel.refuse(self.unique, Errno::BROKEN);
+        if let Some(Destination::Channel(channel, unique)) = &self.to {
+            channel.refuse(*unique, Errno::BROKEN);
         }
     }
 }

@@ -12,7 +12,7 @@ use zerocopy::{FromBytes, IntoBytes};
 use super::buffers::RequestBuffer;
 use super::channel::{Channel, Received};
 use super::control;
-use super::init;
+use super::init::{self, Road};
 use super::request::{Operation, Request, parse};
 use super::wire::{InitOut, NOTIFY_RESEND, OutHeader, RESENT};
 use crate::error::{Context, Error, ErrorKind, Result};
@@ -46,7 +46,7 @@ impl Connection {
     /// # Errors
     /// If the kernel speaks no version of the protocol that we do.
     pub fn begin(device: OwnedFd, threads: usize) -> Result<Self> {
-        let (device, agreed) = begin(Channel::new(device))?;
+        let (device, agreed) = begin(Channel::new(device), Road::Device)?;
         let mut descriptors = vec![device];
         let count = if mount::may_open_device() { threads.min(descriptors_max()) } else { 1 };
         for number in 1..count {
@@ -54,6 +54,15 @@ impl Connection {
             descriptors.push(clone);
         }
         Ok(Self { descriptors, agreed })
+    }
+
+    /// Answers the kernel's INIT on a descriptor that has just been mounted, so that requests will come by io_uring; the
+    /// kernel holds them back until there are rings.
+    ///
+    /// # Errors
+    /// If the kernel speaks no version of the protocol that we do, or none by io_uring.
+    pub(super) fn begin_rings(device: OwnedFd) -> Result<Channel> {
+        begin(Channel::new(device), Road::Rings).map(|(device, _agreed)| Channel::new(device))
     }
 
     /// Takes over a connection that another process has begun: all of its descriptors, and what [`Connection::agreed`]
@@ -123,7 +132,7 @@ pub(super) fn request_id(unique: u64) -> RequestId {
 }
 
 /// Answers the kernel's INIT.
-fn begin(channel: Channel) -> Result<(OwnedFd, InitOut)> {
+fn begin(channel: Channel, road: Road) -> Result<(OwnedFd, InitOut)> {
     let what = || "begin the session with the kernel";
     let mut buffer = RequestBuffer::new();
     loop {
@@ -136,7 +145,7 @@ fn begin(channel: Channel) -> Result<(OwnedFd, InitOut)> {
         let Ok(Request { header, operation: Operation::Init(offer, flags2) }) = parse(&bytes[..count]) else {
             return Err(Error::new(ErrorKind::Io, format!("{}: it did not begin with INIT", what())));
         };
-        if let Some(answer) = init::negotiate(&offer, flags2).context(what)? {
+        if let Some(answer) = init::negotiate(&offer, flags2, road).context(what)? {
             channel.answer(header.unique, &[answer.as_bytes()]);
             return Ok((channel.into_descriptor(), answer));
         }

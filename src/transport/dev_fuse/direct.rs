@@ -8,7 +8,6 @@
 use std::io;
 use std::os::fd::BorrowedFd;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
@@ -23,7 +22,7 @@ use crate::transport::slow_lane::SlowLane;
 /// Most requests under way.
 const DEPTH: usize = 128;
 
-/// How often to look whether all are answered.
+/// How often whoever waits for the last ones looks.
 const FINISH_PAUSE: Duration = Duration::from_millis(1);
 
 /// Where the bytes of a request are.
@@ -98,8 +97,6 @@ pub struct DirectLane {
 #[derive(Debug)]
 struct Shared {
     aio: Aio<Request>,
-    /// Requests that were taken on and neither answered nor handed to the disk lane yet.
-    unfinished: AtomicUsize,
     tools: Arc<Tools>,
     disk: Arc<SlowLane>,
 }
@@ -126,15 +123,10 @@ impl DirectLane {
             }
         };
         let tools = Arc::new(Tools { fs, small: SmallBuffers::new(DEPTH), large });
-        let shared = Arc::new(Shared { aio, unfinished: AtomicUsize::new(0), tools, disk });
+        let shared = Arc::new(Shared { aio, tools, disk });
         let serve = {
             let shared = Arc::clone(&shared);
-            move || {
-                shared.aio.serve(|request, result| {
-                    shared.finish(request, result);
-                    shared.unfinished.fetch_sub(1, Ordering::Release);
-                });
-            }
+            move || shared.aio.serve(|request, result| shared.finish(request, result))
         };
         let thread = std::thread::Builder::new().name("fuse-direct".to_owned()).spawn(serve);
         Ok(Self { shared: Some(shared), thread: Some(thread.context(|| "start a thread")?) })
@@ -145,11 +137,9 @@ impl DirectLane {
         self.shared.as_ref().is_some_and(|shared| shared.aio.under_way() > 0)
     }
 
-    /// Waits until everything is answered, or handed to the disk lane, at most until `until`, and says whether it is. Nothing
-    /// is taken on meanwhile.
+    /// Waits until nothing is under way, at most until `until`, and says whether nothing is. Nobody takes anything on meanwhile.
     pub fn finish(&self, until: Option<Instant>) -> bool {
-        let Some(shared) = &self.shared else { return true };
-        while shared.unfinished.load(Ordering::Acquire) > 0 {
+        while self.is_busy() {
             if until.is_some_and(|until| Instant::now() >= until) {
                 return false;
             }
@@ -163,8 +153,7 @@ impl DirectLane {
     /// # Errors
     /// The reply comes back if somebody else must do it.
     pub fn read(&self, read: Read, reply: Reply) -> std::result::Result<(), Reply> {
-        let Some(shared) = self.shared.as_deref() else { return Err(reply) };
-        let tools = &shared.tools;
+        let Some(Shared { aio, tools, .. }) = self.shared.as_deref() else { return Err(reply) };
         let place = tools.fs.place(read.handle, Transfer::Read, read.offset, read.len.into());
         let Some(placed) = place else { return Err(reply) };
         let what = What::Read(read);
@@ -176,7 +165,7 @@ impl DirectLane {
             tools.fs.let_go(placed);
             return Err(reply);
         };
-        shared.submit(Request { what, bytes, placed, reply }).map_err(|request| {
+        aio.submit(Request { what, bytes, placed, reply }).map_err(|request| {
             tools.fs.let_go(request.placed);
             tools.give_back(request.bytes);
             request.reply
@@ -193,8 +182,7 @@ impl DirectLane {
         reply: Reply,
         buffer: &mut RequestBuffer,
     ) -> std::result::Result<(), Reply> {
-        let Some(shared) = self.shared.as_deref() else { return Err(reply) };
-        let tools = &shared.tools;
+        let Some(Shared { aio, tools, .. }) = self.shared.as_deref() else { return Err(reply) };
         let place = tools.fs.place(write.handle, Transfer::Write, write.offset, write.len.into());
         let Some(placed) = place else { return Err(reply) };
         let what = What::Write(write);
@@ -209,7 +197,7 @@ impl DirectLane {
             tools.fs.let_go(placed);
             return Err(reply);
         };
-        shared.submit(Request { what, bytes, placed, reply }).map_err(|request| {
+        aio.submit(Request { what, bytes, placed, reply }).map_err(|request| {
             tools.fs.let_go(request.placed);
             tools.give_back(match request.bytes {
                 Bytes::Large(payload) => Bytes::Large(std::mem::replace(buffer, payload)),
@@ -239,13 +227,6 @@ impl Drop for DirectLane {
 }
 
 impl Shared {
-    fn submit(&self, request: Request) -> std::result::Result<(), Request> {
-        self.unfinished.fetch_add(1, Ordering::Relaxed);
-        self.aio.submit(request).inspect_err(|_request| {
-            self.unfinished.fetch_sub(1, Ordering::Relaxed);
-        })
-    }
-
     /// Answers what is done, and has done what is not.
     fn finish(&self, request: Request, result: io::Result<usize>) {
         let Request { what, bytes, placed, reply } = request;

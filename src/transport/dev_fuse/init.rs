@@ -25,11 +25,20 @@ const WANTED: u64 = can::ASYNC_READ
     | can::DIRECT_IO_ALLOW_MMAP
     | can::HAS_RESEND;
 
+/// How requests are to travel.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Road {
+    /// By reads and writes of `/dev/fuse`.
+    Device,
+    /// By io_uring. The kernel holds all requests back until every queue has an entry.
+    Rings,
+}
+
 /// The answer to the kernel's offer. `None`: it speaks a newer major version and will ask again with ours.
 ///
 /// # Errors
-/// [`ErrorKind::Unsupported`] if it speaks none that we do.
-pub fn negotiate(offer: &InitIn, flags2: u32) -> Result<Option<InitOut>> {
+/// [`ErrorKind::Unsupported`] if it speaks none that we do, or does not offer the `road`.
+pub fn negotiate(offer: &InitIn, flags2: u32, road: Road) -> Result<Option<InitOut>> {
     if offer.major > MAJOR {
         return Ok(None);
     }
@@ -38,7 +47,15 @@ pub fn negotiate(offer: &InitIn, flags2: u32) -> Result<Option<InitOut>> {
             format!("the kernel speaks FUSE {}.{}, older than {MAJOR}.{MINOR_MIN}", offer.major, offer.minor);
         return Err(Error::new(ErrorKind::Unsupported, message).with_hint("use Linux 5.4 or newer"));
     }
-    let taken = WANTED & (u64::from(flags2) << 32 | u64::from(offer.flags));
+    let wanted = match road {
+        Road::Device => WANTED,
+        Road::Rings => WANTED | can::OVER_IO_URING,
+    };
+    let taken = wanted & (u64::from(flags2) << 32 | u64::from(offer.flags));
+    if road == Road::Rings && taken & can::OVER_IO_URING == 0 {
+        return Err(Error::new(ErrorKind::Unsupported, "the kernel does not offer FUSE over io_uring")
+            .with_hint("mount with -o transport=dev_fuse"));
+    }
     let half = |bits: u64| u32::try_from(bits & u64::from(u32::MAX)).expect("masked to 32 bits");
     log::info!("kernel's FUSE {}.{}, capabilities {taken:#x}", offer.major, offer.minor);
     Ok(Some(InitOut {
@@ -89,23 +106,33 @@ mod tests {
     #[test]
     fn only_what_is_offered_is_taken() {
         let offer = InitIn { major: 7, minor: 38, max_readahead: 131_072, flags: u32::MAX };
-        let answer = negotiate(&offer, 0).unwrap().unwrap();
+        let answer = negotiate(&offer, 0, Road::Device).unwrap().unwrap();
         assert_eq!((answer.minor, answer.flags2, answer.max_readahead), (38, 0, 131_072));
         assert_ne!(u64::from(answer.flags) & can::ASYNC_DIO, 0);
-        let newer = negotiate(&InitIn { minor: 99, ..offer }, u32::MAX).unwrap().unwrap();
+        let newer = negotiate(&InitIn { minor: 99, ..offer }, u32::MAX, Road::Device).unwrap().unwrap();
         let flags2 = u64::from(newer.flags2) << 32;
         assert_eq!((newer.minor, flags2), (MINOR_MAX, can::DIRECT_IO_ALLOW_MMAP | can::HAS_RESEND));
         assert!(can_resend(&newer) && !can_resend(&answer));
-        let bare = negotiate(&InitIn { flags: 0, ..offer }, 0).unwrap().unwrap();
+        let bare = negotiate(&InitIn { flags: 0, ..offer }, 0, Road::Device).unwrap().unwrap();
         assert_eq!((bare.flags, bare.flags2), (0, 0));
+    }
+
+    #[test]
+    fn rings_are_taken_only_where_they_are_wanted_and_offered() {
+        let offer = InitIn { major: 7, minor: 45, max_readahead: 0, flags: u32::MAX };
+        let rings = |answer: InitOut| u64::from(answer.flags2) << 32 & can::OVER_IO_URING != 0;
+        assert!(!rings(negotiate(&offer, u32::MAX, Road::Device).unwrap().unwrap()));
+        assert!(rings(negotiate(&offer, u32::MAX, Road::Rings).unwrap().unwrap()));
+        let error = negotiate(&offer, 0, Road::Rings).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Unsupported);
     }
 
     #[test]
     fn other_versions_are_asked_again_or_refused() {
         let offer = InitIn { major: 8, minor: 0, ..InitIn::default() };
-        assert_eq!(negotiate(&offer, 0).unwrap(), None);
+        assert_eq!(negotiate(&offer, 0, Road::Device).unwrap(), None);
         for (major, minor) in [(7, 30), (6, 99)] {
-            let error = negotiate(&InitIn { major, minor, ..offer }, 0).unwrap_err();
+            let error = negotiate(&InitIn { major, minor, ..offer }, 0, Road::Device).unwrap_err();
             assert_eq!(error.kind(), ErrorKind::Unsupported);
         }
     }
@@ -113,7 +140,7 @@ mod tests {
     #[test]
     fn what_an_older_process_promised_must_be_kept_to() {
         let offer = InitIn { major: 7, minor: 45, max_readahead: 0, flags: u32::MAX };
-        let agreed = negotiate(&offer, u32::MAX).unwrap().unwrap();
+        let agreed = negotiate(&offer, u32::MAX, Road::Device).unwrap().unwrap();
         check_agreed(&agreed).unwrap();
         for other in [
             InitOut { max_write: REQUEST_BYTES_MAX + 1, ..agreed },

@@ -14,6 +14,8 @@
 //! A process that is killed has not ended before its blocking writes have, nor before its AIO has, and whoever opens a disk
 //! next waits for what may be left of that ([`crate::storage::aio`]): none can land after a newer one of its successor.
 //!
+//! `uring/` is another way for requests to come, and for answers to go.
+//!
 //! A read that was put off finds the map of *then*. Of a block that was written in between it shows the new bytes or, if
 //! the write has not been answered yet, either: just what a read that arrived then would show.
 
@@ -30,11 +32,13 @@ pub mod request;
 mod serve;
 mod session;
 mod transfers;
+mod uring;
 mod wake;
 pub mod wire;
 
 pub use connection::{Connection, Unanswered};
 pub use session::DevFuseSession;
+pub use uring::{RingSession, require as require_rings};
 
 /// Threads for requests that wait for the host's disk.
 const SLOW_THREADS: usize = 16;

@@ -34,15 +34,15 @@ const WRITES_UNDER_WAY: usize = 32;
 /// Answers requests. Shared by all threads that read them.
 #[derive(Debug)]
 pub struct Server {
-    fs: Arc<Fs>,
+    pub(super) fs: Arc<Fs>,
     /// Whether requests that an earlier process had read are answered with EIO.
     refuses_resent: bool,
     /// Direct reads and writes that no thread waits for. Ends before the disk lane does, to which it hands what must wait.
     direct: DirectLane,
     /// Reads and writes that wait for the host's disk. Ends before the slow lane does, to which it hands syncs.
-    disk: Arc<SlowLane>,
+    pub(super) disk: Arc<SlowLane>,
     /// What may wait for a sync.
-    slow: Arc<SlowLane>,
+    pub(super) slow: Arc<SlowLane>,
     spare: Arc<SpareBuffers>,
 }
 
@@ -67,7 +67,7 @@ impl Server {
 
     /// Waits until all that was read is answered, at most until `until`, and says whether it is. Nobody reads meanwhile.
     pub fn finish(&self, until: Option<Instant>) -> bool {
-        // In this order: each hands to the next what it cannot do.
+        // In this order: each hands what must wait to the next.
         self.direct.finish(until) && self.disk.finish(until) && self.slow.finish(until)
     }
 
@@ -152,7 +152,7 @@ impl Server {
     ) {
         let write = Write::of(ino, arguments);
         log::debug!("WRITE ino {ino} offset {} size {}", arguments.offset, arguments.size);
-        let now = self.fs.writes_to_memory(write.handle, write.offset, write.len.into(), write.way());
+        let now = write.is_to_memory(&self.fs);
         if write.direct && !write.durable && self.has_company(hand) {
             match self.direct.write(write, reply, buffer) {
                 Ok(()) => return,
@@ -184,7 +184,7 @@ impl Server {
 
     /// Everything but reads and writes: what may wait for the host's disk goes to the slow lane, but for a sync by a thread
     /// that may wait.
-    fn serve_rare(
+    pub(super) fn serve_rare(
         &self,
         hand: &Hand<'_>,
         reply: Reply,

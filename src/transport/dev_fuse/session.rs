@@ -133,7 +133,8 @@ impl Tally {
         self.changed.notify_all();
     }
 
-    fn wait(&self) -> Result<()> {
+    /// Waits until none is left, unless they are only stopped; says whether one has failed.
+    pub(super) fn wait(&self) -> Result<()> {
         let mut state = self.state.lock();
         while state.threads > 0 || state.handing_over {
             self.changed.wait(&mut state);

@@ -36,9 +36,14 @@ impl Read {
         fs.read_now(self.handle, self.offset, buffer, self.direct, way(self.direct))
     }
 
+    /// Fills `buffer`, and says how much of it; see [`Fs::read`].
+    pub fn fill(&self, fs: &Fs, buffer: &mut [u8]) -> Outcome<usize> {
+        fs.read(self.handle, self.offset, buffer, self.direct, way(self.direct))
+    }
+
     /// Fills `buffer`, and answers with it.
     pub fn execute(&self, reply: Reply, fs: &Fs, buffer: &mut [u8]) {
-        let outcome = guarded(|| fs.read(self.handle, self.offset, buffer, self.direct, way(self.direct)));
+        let outcome = guarded(|| self.fill(fs, buffer));
         respond(reply, self.about(), outcome, |reply, count| reply.answer(&[&buffer[..count]]));
     }
 
@@ -76,8 +81,13 @@ impl Write {
     }
 
     /// By which way it goes.
-    pub fn way(&self) -> Way {
+    fn way(&self) -> Way {
         way(self.direct)
+    }
+
+    /// Whether it only changes memory, or is refused: it takes no thread that has time to wait.
+    pub fn is_to_memory(&self, fs: &Fs) -> bool {
+        fs.writes_to_memory(self.handle, self.offset, self.len.into(), self.way())
     }
 
     /// How many bytes it has.

@@ -1,6 +1,6 @@
 //! The kernel's structures of `/dev/fuse`, protocol 7.31 to 7.45, in the byte order of the host.
 //!
-//! Only what this transport reads or writes; names and fields are those of Linux's `include/uapi/linux/fuse.h`, which
+//! Only what our transports read or write; names and fields are those of Linux's `include/uapi/linux/fuse.h`, which
 //! is the specification. Every structure is plain bytes: reading one out of a request copies it and cannot go wrong but
 //! for want of bytes.
 #![allow(missing_docs)] // the kernel's names
@@ -72,6 +72,7 @@ pub mod capability {
     pub const INIT_EXT: u64 = 1 << 30;
     pub const DIRECT_IO_ALLOW_MMAP: u64 = 1 << 36;
     pub const HAS_RESEND: u64 = 1 << 39;
+    pub const OVER_IO_URING: u64 = 1 << 41;
 }
 
 /// Flags of the answer to OPEN, `FOPEN_*`.
@@ -99,8 +100,30 @@ pub const NOTIFY_RESEND: i32 = 7;
 /// Marks the number of a request that the kernel sends again, `FUSE_UNIQUE_RESEND`.
 pub const RESENT: u64 = 1 << 63;
 
+/// Commands of an io_uring to `/dev/fuse`, `enum fuse_uring_cmd`.
+pub mod ring_command {
+    pub const REGISTER: u32 = 1;
+    pub const COMMIT_AND_FETCH: u32 = 2;
+}
+
 /// A write on behalf of a shared mapping's page, `FUSE_WRITE_CACHE`.
 pub const WRITE_CACHE: u32 = 1;
+
+/// Most bytes of a first argument that travels by io_uring, `FUSE_URING_OP_IN_OUT_SZ`.
+pub const RING_ARGUMENT_BYTES: usize = 128;
+
+/// What the kernel and we tell each other of a request that travels by io_uring, but for its payload:
+/// `fuse_uring_req_header`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout)]
+#[repr(C)]
+pub struct RingHead {
+    /// An [`InHeader`] from the kernel, an [`OutHeader`] from us.
+    pub in_out: [u8; 128],
+    /// The request's first argument, if it has one.
+    pub op_in: [u8; RING_ARGUMENT_BYTES],
+    pub ent: RingEntInOut,
+}
+const _: () = assert!(size_of::<RingHead>() == 288);
 
 macro_rules! structures {
     ($($(#[$meta:meta])* $name:ident $bytes:literal { $($field:ident: $type:ty,)* })*) => {$(
@@ -165,6 +188,10 @@ structures! {
         blocks: u64, bfree: u64, bavail: u64, files: u64, ffree: u64, bsize: u32, namelen: u32, frsize: u32,
         padding: u32, spare: [u32; 6],
     }
+    /// `fuse_uring_ent_in_out`: `commit_id` names the request, `payload_sz` is the length of what is in the payload.
+    RingEntInOut 32 { flags: u64, commit_id: u64, payload_sz: u32, padding: u32, reserved: u64, }
+    /// Behind the first 48 bytes of a command: `fuse_uring_cmd_req`.
+    RingCommand 24 { flags: u64, commit_id: u64, qid: u16, padding: [u8; 6], }
     /// Before each name that READDIR answers with; name and zeroes follow, to a multiple of 8 bytes.
     Dirent 24 { ino: u64, off: u64, namelen: u32, kind: u32, }
 }

@@ -1,0 +1,266 @@
+//! The thread of a ring: it fetches requests from the kernel, does them or has them done, and hands in the answers.
+#![allow(unsafe_code)]
+
+use std::io;
+use std::os::fd::{AsFd, AsRawFd};
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::ptr::NonNull;
+use std::sync::Arc;
+use std::time::Duration;
+
+use io_uring::squeue::Entry128;
+use io_uring::{IoUring, cqueue, opcode, types};
+use zerocopy::IntoBytes;
+
+use super::super::channel::Channel;
+use super::super::crew::{Crew, Hand};
+use super::super::serve::Server;
+use super::super::wire::{RingCommand, RingHead, ring_command};
+use super::entry::{Desk, Entry};
+use super::memory::PAYLOAD_BYTES;
+use crate::error::{Context, Error, ErrorKind, Result};
+
+/// What the kernel tells of the bell instead of an entry's number.
+const BELL: u64 = u64::MAX;
+
+/// How long the thread waits after an error of the host that may pass.
+const ERROR_PAUSE: Duration = Duration::from_millis(1);
+
+/// A ring of io_uring with the memory of its entries. It belongs to one thread.
+pub struct Ring {
+    // Dropped before the memory that the kernel writes to by it.
+    ring: IoUring<Entry128, cqueue::Entry>,
+    desk: Arc<Desk>,
+    channel: Arc<Channel>,
+    /// Of each entry the kernel's queue to which it belongs.
+    queues: Vec<u16>,
+    /// Entries that the kernel knows.
+    alive: usize,
+    /// Where the bell's count is read to. On the heap, so that it stays where it is.
+    rang: Box<u64>,
+    /// Entries to hand in, and what the kernel has told: here so that no request needs new memory.
+    answered: Vec<usize>,
+    told: Vec<(u64, i32)>,
+}
+
+/// A ring of the kind that the kernel's FUSE asks for, with room for `entries` operations.
+///
+/// # Errors
+/// If the kernel has no io_uring, or refuses it to this process.
+pub fn build(entries: u32) -> Result<IoUring<Entry128, cqueue::Entry>> {
+    let mut builder = IoUring::<Entry128, cqueue::Entry>::builder();
+    // Each entry has one outcome at most, so that there is always room for all of them.
+    builder.setup_cqsize((2 * entries).next_power_of_two());
+    // Work for this thread is done when it asks for it, and not whenever it returns from some call.
+    builder.setup_single_issuer().setup_defer_taskrun();
+    builder.build(entries.next_power_of_two()).context(|| "make an io_uring").map_err(|error| {
+        error.with_hint("allow it by sysctl kernel.io_uring_disabled=0, or mount with -o transport=dev_fuse")
+    })
+}
+
+/// Whether an outcome says that the mount has gone away.
+fn is_end(errno: i32) -> bool {
+    matches!(errno, libc::ENOTCONN | libc::ECONNABORTED | libc::ENODEV | libc::ECANCELED)
+}
+
+impl Ring {
+    /// A ring that serves the kernel's `queues`, with `depth` entries for each, and registers all of them. To be made by
+    /// the thread that runs it.
+    ///
+    /// # Errors
+    /// Those of the kernel.
+    pub fn register(channel: Arc<Channel>, queues: &[u16], depth: usize) -> Result<Self> {
+        let queues: Vec<u16> = queues.iter().flat_map(|queue| std::iter::repeat_n(*queue, depth)).collect();
+        let entries = queues.len();
+        let desk = Arc::new(Desk::new(entries)?);
+        // One more for the bell.
+        let ring = build(u32::try_from(entries + 1).expect("a few thousand"))?;
+        let mut this = Self {
+            ring,
+            desk,
+            channel,
+            queues,
+            alive: entries,
+            rang: Box::new(0),
+            answered: Vec::with_capacity(entries),
+            told: Vec::with_capacity(entries + 1),
+        };
+        let places: Vec<_> = (0..entries).map(|entry| this.place(entry)).collect();
+        for (entry, place) in places.iter().enumerate() {
+            // SAFETY: `places` lives until the kernel has read it, at the submission below.
+            unsafe { this.push_register(entry, place)? };
+        }
+        this.push_bell()?;
+        let what = || "register with the kernel's FUSE";
+        if this.ring.submit().context(what)? != entries + 1 {
+            return Err(Error::new(ErrorKind::Io, format!("{}: it does not take all entries", what())));
+        }
+        this.listen();
+        match this.told.iter().find(|(number, outcome)| *number != BELL && *outcome < 0) {
+            Some((_, outcome)) => Err(io::Error::from_raw_os_error(-outcome)).context(what),
+            None => Ok(this),
+        }
+    }
+
+    /// Serves until the mount goes away.
+    ///
+    /// # Errors
+    /// If the kernel no longer takes part although the mount is there.
+    pub fn run(mut self, server: &Server) -> Result<()> {
+        // A crew of one never lets its hand leave: whoever waits for the host's disk is a thread of a lane.
+        let crew = Crew::new(1);
+        let hand = Hand::of(&crew);
+        let mut lost = 0;
+        while self.alive > 0 {
+            let mut told = std::mem::take(&mut self.told);
+            for (number, outcome) in told.drain(..) {
+                match usize::try_from(number) {
+                    _ if number == BELL => self.hear_bell(outcome)?,
+                    Ok(entry) if outcome == 0 => self.serve(entry, server, &hand),
+                    _ if is_end(-outcome) => self.alive -= 1,
+                    _ => {
+                        let error = io::Error::from_raw_os_error(-outcome);
+                        log::error!("fetch a request by io_uring: {error}");
+                        self.alive -= 1;
+                        lost += 1;
+                    }
+                }
+            }
+            self.told = told;
+            if self.alive > 0 {
+                self.exchange()?;
+            }
+        }
+        if lost == self.queues.len() {
+            return Err(Error::new(ErrorKind::Io, "the kernel takes no answers by io_uring any more"));
+        }
+        Ok(())
+    }
+
+    fn hear_bell(&mut self, outcome: i32) -> Result<()> {
+        if outcome < 0 {
+            log::error!("hear of answers by io_uring: {}", io::Error::from_raw_os_error(-outcome));
+            std::thread::sleep(ERROR_PAUSE);
+        }
+        self.push_bell()
+    }
+
+    /// Hands in all answers and waits until the kernel has something to tell.
+    fn exchange(&mut self) -> Result<()> {
+        let mut answered = std::mem::take(&mut self.answered);
+        self.desk.take_and_sleep(&mut answered);
+        for entry in answered.drain(..) {
+            self.push_commit(entry)?;
+        }
+        self.answered = answered;
+        match self.ring.submit_and_wait(1) {
+            Ok(_) => {}
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            Err(error) if matches!(error.raw_os_error(), Some(libc::EAGAIN | libc::EBUSY | libc::ENOMEM)) => {
+                log::error!("wait for requests by io_uring: {error}");
+                std::thread::sleep(ERROR_PAUSE);
+            }
+            Err(error) => return Err(error).context(|| "wait for requests by io_uring"),
+        }
+        self.desk.wake();
+        self.listen();
+        Ok(())
+    }
+
+    /// Takes what the kernel has told.
+    fn listen(&mut self) {
+        self.told.extend(self.ring.completion().map(|outcome| (outcome.user_data(), outcome.result())));
+    }
+
+    fn serve(&self, entry: usize, server: &Server, hand: &Hand<'_>) {
+        // SAFETY: the kernel has told that this entry holds a request; it gets it back by `push_commit` alone, which
+        // follows the end of this `Entry`.
+        let Ok(fetched) = (unsafe { Entry::fetched(Arc::clone(&self.desk), entry) }) else {
+            log::error!("the kernel sent a request whose lengths do not fit");
+            return;
+        };
+        // The hook has told of the panic, and EIO was answered as it unwound. This thread must serve the next.
+        let _ = catch_unwind(AssertUnwindSafe(|| server.serve_entry(hand, fetched)));
+    }
+
+    /// Head and payload of an entry, as REGISTER takes them.
+    fn place(&self, entry: usize) -> [libc::iovec; 2] {
+        let (head, payload) = (self.desk.memory.head(entry), self.desk.memory.payload(entry));
+        [
+            libc::iovec { iov_base: head.as_ptr().cast(), iov_len: size_of::<RingHead>() },
+            libc::iovec { iov_base: payload.as_ptr().cast(), iov_len: PAYLOAD_BYTES },
+        ]
+    }
+
+    /// Gives an entry to the kernel for the first time.
+    ///
+    /// # Safety
+    /// `place` stays where it is until it is submitted.
+    unsafe fn push_register(&mut self, entry: usize, place: &[libc::iovec; 2]) -> Result<()> {
+        let command = RingCommand { qid: self.queues[entry], ..RingCommand::default() };
+        let address = u64::try_from(place.as_ptr().addr()).expect("an address fits 64 bits");
+        let operation = opcode::UringCmd80::new(self.device(), ring_command::REGISTER)
+            .cmd(padded(&command))
+            .addr(Some(address))
+            .build();
+        // SAFETY: head and payload belong to `desk`, which outlives the ring.
+        unsafe { self.push(with_len(operation, 2), entry as u64) }
+    }
+
+    /// Hands in an answer, and gives the entry to the kernel for the next request.
+    fn push_commit(&mut self, entry: usize) -> Result<()> {
+        // SAFETY: the `Entry` has ended, and the kernel does not have the entry yet.
+        let commit_id = unsafe { self.desk.memory.head(entry).as_ref() }.ent.commit_id;
+        let command = RingCommand { commit_id, qid: self.queues[entry], ..RingCommand::default() };
+        let operation = opcode::UringCmd80::new(self.device(), ring_command::COMMIT_AND_FETCH)
+            .cmd(padded(&command))
+            .build();
+        // SAFETY: it refers to nothing but the memory that was registered, which outlives the ring.
+        unsafe { self.push(operation, entry as u64) }
+    }
+
+    /// Has the kernel tell when somebody rings the bell.
+    fn push_bell(&mut self) -> Result<()> {
+        let bell = types::Fd(self.desk.bell.as_fd().as_raw_fd());
+        let operation = opcode::Read::new(bell, NonNull::from(&mut *self.rang).as_ptr().cast(), 8).build();
+        // SAFETY: eventfd and number live as long as the ring, and nobody looks at the number.
+        unsafe { self.push(operation.into(), BELL) }
+    }
+
+    fn device(&self) -> types::Fd {
+        types::Fd(self.channel.as_fd().as_raw_fd())
+    }
+
+    /// # Safety
+    /// What the operation refers to stays valid until it has ended.
+    unsafe fn push(&mut self, operation: Entry128, number: u64) -> Result<()> {
+        // SAFETY: promised by the caller.
+        let pushed = unsafe { self.ring.submission().push(&operation.user_data(number)) };
+        // There is room for all entries and the bell, and each waits there once at most.
+        pushed.map_err(|_full| Error::new(ErrorKind::Io, "an io_uring has no room"))
+    }
+}
+
+fn padded(command: &RingCommand) -> [u8; 80] {
+    let mut bytes = [0; 80];
+    bytes[..size_of::<RingCommand>()].copy_from_slice(command.as_bytes());
+    bytes
+}
+
+/// Sets the field `len` of an operation, for which the crate has no way.
+fn with_len(mut operation: Entry128, len: u32) -> Entry128 {
+    const OFFSET: usize = 24;
+    const _: () = assert!(size_of::<Entry128>() == 128 && align_of::<Entry128>() >= 4);
+    // SAFETY: the operation is the kernel's `struct io_uring_sqe` in C's layout, in which `len` is the 32 bits at byte 24.
+    unsafe { (&raw mut operation).cast::<u8>().add(OFFSET).cast::<u32>().write(len) };
+    operation
+}
+
+impl std::fmt::Debug for Ring {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Ring")
+            .field("queues", &self.queues)
+            .field("alive", &self.alive)
+            .finish_non_exhaustive()
+    }
+}

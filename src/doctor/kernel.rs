@@ -9,10 +9,10 @@ use super::Line;
 use super::tools::find_program;
 use crate::transport::mount::check_device;
 
-/// The first kernel that sends requests again after a kill (FUSE_NOTIFY_RESEND), and that serves files by passthrough.
+/// The first kernel that sends requests again after a kill (FUSE_NOTIFY_RESEND).
 const RESENDS: (u32, u32) = (6, 9);
 
-/// The capability that mounting, and registering a file for passthrough, takes.
+/// The capability that mounting takes.
 const CAP_SYS_ADMIN: u32 = 21;
 
 /// Files that the daemon has open besides those of disks, and for each disk: map, data twice, base, live map.
@@ -32,7 +32,7 @@ pub(super) fn look() -> Vec<Line> {
     if !root {
         lines.push(fuse_conf());
     }
-    lines.extend([passthrough(version, mounts_itself), uring(), open_files(), locked_memory()]);
+    lines.extend([uring(), open_files(), locked_memory()]);
     lines
 }
 
@@ -106,20 +106,13 @@ fn fuse_conf() -> Line {
     }
 }
 
-fn passthrough(version: Option<(u32, u32)>, may: bool) -> Line {
-    let message = match (version >= Some(RESENDS), may) {
-        (true, true) => "the kernel can serve files of a single source by itself",
-        (true, false) => "not for this user: it takes CAP_SYS_ADMIN; the daemon serves all disks",
-        (false, _) => "not before Linux 6.9; the daemon serves all disks",
-    };
-    Line::ok("passthrough", message)
-}
-
 fn uring() -> Line {
     let message = match std::fs::read_to_string("/sys/module/fuse/parameters/enable_uring") {
-        Ok(text) if text.trim() == "Y" => "the kernel offers FUSE over io_uring",
-        Ok(_) => "FUSE over io_uring is switched off in the kernel (enable_uring of module fuse), as usual",
-        Err(_) => "the kernel has no FUSE over io_uring, or does not tell",
+        Ok(text) if text.trim() == "Y" => {
+            "the kernel offers it: -o transport=io_uring serves by it, and does not survive a crash"
+        }
+        Ok(_) => "the kernel's FUSE has it switched off, as usual, so -o transport=io_uring is refused",
+        Err(_) => "the kernel's FUSE has none, so -o transport=io_uring is refused",
     };
     Line::ok("io_uring", message)
 }

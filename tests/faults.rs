@@ -175,6 +175,45 @@ fn what_a_failed_sync_left_in_the_cache_is_not_built_upon() {
     }
 }
 
+/// The beginning of a session was in the host's cache and nowhere else, and so was what the session wrote. Opened again, the
+/// disk once counted as closed before, and showed that as if it were on the disk.
+#[test]
+fn what_the_host_failed_to_write_is_not_read_though_the_beginning_of_the_session_is_lost_as_well() {
+    let mut lost = 0;
+    for seed in 0..32 {
+        let world = World::new(seed);
+        let read = |overlay: &Overlay| {
+            let mut found = [0; 4096];
+            overlay.read_at(0, &mut found).expect("read");
+            found
+        };
+        let overlay = world.open().expect("open");
+        overlay.write_at(0, &[1; 4096]).and_then(|()| overlay.flush()).expect("write and flush");
+        overlay.close().expect("close");
+        let overlay = world.open().expect("open");
+        overlay.write_at(0, &[2; 4096]).expect("write");
+        for file in [&world.map, &world.data] {
+            world.host.set_fate(Fate::FailAfter(0, EIO));
+            file.sync().expect_err("the host writes nothing");
+        }
+        drop(overlay);
+        world.host.set_fate(Fate::Fine);
+        let overlay = world.open().expect("open again");
+        let seen = read(&overlay);
+        overlay.flush().expect("flush");
+        drop(overlay);
+        world.data.crash();
+        world.map.crash();
+        let live = world.folder.path().join("live");
+        std::fs::remove_file(&live).expect("the live map of the boot that ended");
+        let overlay = Overlay::open_accepting_loss("test", world.files(), BaseImage::blank(), &live);
+        let left = read(&overlay.expect("open after the power cut"));
+        assert!(left == seen, "what was read is not what the disk held, seed {seed}");
+        lost += u32::from(seen != [2; 4096]);
+    }
+    assert!(lost > 0, "the host has written everything each time");
+}
+
 #[test]
 fn a_full_disk_fails_the_write_that_did_not_fit_and_nothing_else() {
     let world = World::new(9);

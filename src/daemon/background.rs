@@ -52,12 +52,16 @@ impl Stop {
     /// Does `first`, and `work` at each tick until it is wanted to stop.
     fn each_tick(&self, first: impl FnOnce(), mut work: impl FnMut()) {
         let mut state = self.state.lock();
-        self.work(&mut state, first);
-        while !state.stop {
+        // A pause may come before it.
+        let mut first = Some(first);
+        loop {
+            self.work(&mut state, || first.take().map_or_else(&mut work, |first| first()));
+            if state.stop {
+                return;
+            }
             // Woken by whoever wants it to stop, and by the others' pauses, which do no harm.
             let tick = Instant::now() + TICK;
             while !state.stop && !self.changed.wait_until(&mut state, tick).timed_out() {}
-            self.work(&mut state, &mut work);
         }
     }
 }

@@ -17,7 +17,8 @@ use crate::units::SECTOR_BYTES;
 /// [`Fs::landed`] or [`Fs::let_go`]. A write has passed the gate of that file.
 #[derive(Debug)]
 pub struct Placed {
-    disk: Arc<OpenDisk>,
+    /// There until it goes back.
+    disk: Option<Arc<OpenDisk>>,
     transfer: Transfer,
     len: u64,
     at: u64,
@@ -30,7 +31,19 @@ impl Placed {
     }
 
     fn direct_file(&self) -> DirectFile<'_> {
-        self.disk.disk().direct_file().expect("placed only where there is one, and it stays")
+        let disk = self.disk.as_ref().expect("there until it goes back");
+        disk.disk().direct_file().expect("placed only where there is one, and it stays")
+    }
+
+    /// Takes the disk away, which others may write to through the cache again.
+    fn take(&mut self) -> Option<Arc<OpenDisk>> {
+        let disk = self.disk.take()?;
+        if self.transfer == Transfer::Write
+            && let Some(direct) = disk.disk().direct_file()
+        {
+            direct.gate.leave();
+        }
+        Some(disk)
     }
 
     /// The byte of the file at which it begins.
@@ -41,6 +54,13 @@ impl Placed {
     /// Which way.
     pub fn transfer(&self) -> Transfer {
         self.transfer
+    }
+}
+
+impl Drop for Placed {
+    /// For a request that panicked: nobody else may wait for it.
+    fn drop(&mut self) {
+        drop(self.take());
     }
 }
 
@@ -59,14 +79,16 @@ impl Fs {
         if transfer == Transfer::Write && !direct.gate.enter() {
             return None;
         }
-        Some(Placed { disk: Arc::clone(disk), transfer, len, at })
+        Some(Placed { disk: Some(Arc::clone(disk)), transfer, len, at })
     }
 
     /// All of the request is done, and is to be answered.
     pub fn landed(&self, placed: Placed) {
         let (operation, done) = match placed.transfer {
             Transfer::Read => (Operation::Read, Ok(())),
-            Transfer::Write => (Operation::Write, placed.disk.change(|_| Ok(()))),
+            Transfer::Write => {
+                (Operation::Write, placed.disk.as_ref().map_or(Ok(()), |disk| disk.change(|_| Ok(()))))
+            }
         };
         let done: Outcome<()> = done;
         self.counters.count(operation, placed.len, &done);
@@ -74,11 +96,10 @@ impl Fs {
     }
 
     /// The request is not done, or not so.
-    pub fn let_go(&self, placed: Placed) {
-        if placed.transfer == Transfer::Write {
-            placed.direct_file().gate.leave();
-        }
-        if let Err(error) = self.disks.put(placed.disk) {
+    pub fn let_go(&self, mut placed: Placed) {
+        if let Some(disk) = placed.take()
+            && let Err(error) = self.disks.put(disk)
+        {
             log::error!("{error}");
         }
     }

@@ -122,11 +122,19 @@ fn open(
             data.drop_cache()?;
             // From here on the last session is over: a crash before the next one begins loses nothing more.
             durable.end_session()?;
-        } else if when_lost == WhenLost::NeedAll
-            && live_map::is_ahead(live_map, superblock.layer, durable.position())?
-        {
-            // The host failed to write what began the session, and the sync that learnt of it was somebody else's.
-            return Err(live_map_is_worthless(live_map));
+        } else if live_map.try_exists().unwrap_or(true) {
+            // A session that was closed leaves none. The host may have failed to write what began this one, and the sync that
+            // learnt of it was somebody else's: what it failed to write of the data is in the cache, and nowhere else (I10).
+            if live_map::is_ahead(live_map, superblock.layer, durable.position())? {
+                if when_lost == WhenLost::NeedAll {
+                    return Err(live_map_is_worthless(live_map));
+                }
+                log::warn!(
+                    "disk {name}: its last session is lost; what was written after its last flush may be gone"
+                );
+            }
+            data.sync()?;
+            data.drop_cache()?;
         }
         check_data(&data, geometry.block_bytes(), &states)?;
         let binding = Binding { layer: superblock.layer, session: SessionId::random()?, boot };

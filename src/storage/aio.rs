@@ -76,6 +76,9 @@ const OPCODE_POLL: u16 = 5;
 /// `RWF_NOWAIT`.
 const NOWAIT: u32 = 8;
 
+/// The byte that [`hold`] locks: one that nobody else does, whatever he reads. (QEMU locks some from 100 on.)
+const LOCKED_BYTE: libc::off_t = libc::off_t::MAX - 1;
+
 /// In place of a slot's number: somebody has closed the queue.
 const CLOSED: u64 = u64::MAX;
 
@@ -168,17 +171,17 @@ impl<T: Request> Aio<T> {
 
     /// Waits for results and calls `done` with each: how many bytes were moved, or the error. Returns when the queue is
     /// closed and nothing is under way. For one thread.
-    pub fn serve(&self, mut done: impl FnMut(T, io::Result<usize>)) {
+    ///
+    /// # Errors
+    /// Those of the kernel that leave nothing to go on with: what is under way is never told.
+    pub fn serve(&self, mut done: impl FnMut(T, io::Result<usize>)) -> io::Result<()> {
         let mut closed = false;
         while !closed || self.under_way() > 0 {
             let mut events = [Event::default(); BATCH];
             let count = match self.wait(&mut events) {
                 Ok(count) => count,
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
-                Err(error) => {
-                    log::error!("wait for direct I/O: {error}");
-                    return;
-                }
+                Err(error) => return Err(error),
             };
             for event in &events[..count] {
                 let slot = usize::try_from(event.data).unwrap_or(usize::MAX);
@@ -192,6 +195,7 @@ impl<T: Request> Aio<T> {
                 self.free.lock().push(slot);
             }
         }
+        Ok(())
     }
 
     fn wait(&self, events: &mut [Event; BATCH]) -> io::Result<usize> {
@@ -265,6 +269,11 @@ impl Gate {
         }
     }
 
+    /// Whether who writes through the cache now would have to wait.
+    pub fn is_in_use(&self) -> bool {
+        self.direct.load(Ordering::SeqCst) > 0
+    }
+
     /// Writes through the cache when no direct write is under way.
     pub fn cached<R>(&self, write: impl FnOnce() -> R) -> R {
         self.cached.fetch_add(1, Ordering::SeqCst);
@@ -304,8 +313,9 @@ pub fn wait_until_landed(file: &File) -> io::Result<()> {
 }
 
 fn lock(file: BorrowedFd<'_>, command: libc::c_int, kind: libc::c_int) -> io::Result<()> {
-    // SAFETY: all zeroes are a `struct flock`: the whole file, from its start.
+    // SAFETY: all zeroes are a `struct flock`.
     let mut lock: libc::flock = unsafe { std::mem::zeroed() };
+    (lock.l_start, lock.l_len) = (LOCKED_BYTE, 1);
     lock.l_type = libc::c_short::try_from(kind).map_err(|_| io::ErrorKind::InvalidInput)?;
     // SAFETY: these commands read a `struct flock` from where the argument points, for the call.
     check(unsafe { libc::fcntl(file.as_raw_fd(), command, &raw mut lock) }.into()).map(drop)
@@ -371,7 +381,7 @@ mod tests {
         let (done, results) = channel();
         let server = std::thread::spawn({
             let aio = Arc::clone(&aio);
-            move || aio.serve(|request: Page, result| done.send((request, result)).unwrap())
+            move || aio.serve(|request: Page, result| done.send((request, result)).unwrap()).unwrap()
         });
         for byte in 0..8u8 {
             let mut request = page(&direct, Transfer::Write, u64::from(byte) * 4096, byte);

@@ -7,7 +7,9 @@
 
 use std::io;
 use std::os::fd::BorrowedFd;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
@@ -21,6 +23,9 @@ use crate::transport::slow_lane::SlowLane;
 
 /// Most requests under way.
 const DEPTH: usize = 128;
+
+/// Most threads that put requests to the kernel at once.
+const SUBMITTERS_MAX: usize = 4;
 
 /// How often whoever waits for the last ones looks.
 const FINISH_PAUSE: Duration = Duration::from_millis(1);
@@ -97,6 +102,8 @@ pub struct DirectLane {
 #[derive(Debug)]
 struct Shared {
     aio: Aio<Request>,
+    /// Threads that put a request to the kernel just now.
+    submitting: AtomicUsize,
     tools: Arc<Tools>,
     disk: Arc<SlowLane>,
 }
@@ -123,10 +130,20 @@ impl DirectLane {
             }
         };
         let tools = Arc::new(Tools { fs, small: SmallBuffers::new(DEPTH), large });
-        let shared = Arc::new(Shared { aio, tools, disk });
+        let shared = Arc::new(Shared { aio, submitting: AtomicUsize::new(0), tools, disk });
         let serve = {
             let shared = Arc::clone(&shared);
-            move || shared.aio.serve(|request, result| shared.finish(request, result))
+            move || {
+                let ended = shared.aio.serve(|request, result| {
+                    // The hook has told of the panic, and EIO was answered as it unwound.
+                    let _ = catch_unwind(AssertUnwindSafe(|| shared.finish(request, result)));
+                });
+                if let Err(error) = ended {
+                    // What is under way will never be answered by this process; by the next one it will.
+                    log::error!("wait for direct I/O: {error}");
+                    std::process::abort();
+                }
+            }
         };
         let thread = std::thread::Builder::new().name("fuse-direct".to_owned()).spawn(serve);
         Ok(Self { shared: Some(shared), thread: Some(thread.context(|| "start a thread")?) })
@@ -153,7 +170,8 @@ impl DirectLane {
     /// # Errors
     /// The reply comes back if somebody else must do it.
     pub fn read(&self, read: Read, reply: Reply) -> std::result::Result<(), Reply> {
-        let Some(Shared { aio, tools, .. }) = self.shared.as_deref() else { return Err(reply) };
+        let Some(shared) = self.shared.as_deref() else { return Err(reply) };
+        let tools = &shared.tools;
         let place = tools.fs.place(read.handle, Transfer::Read, read.offset, read.len.into());
         let Some(placed) = place else { return Err(reply) };
         let what = What::Read(read);
@@ -165,7 +183,7 @@ impl DirectLane {
             tools.fs.let_go(placed);
             return Err(reply);
         };
-        aio.submit(Request { what, bytes, placed, reply }).map_err(|request| {
+        shared.submit(Request { what, bytes, placed, reply }).map_err(|request| {
             tools.fs.let_go(request.placed);
             tools.give_back(request.bytes);
             request.reply
@@ -182,7 +200,8 @@ impl DirectLane {
         reply: Reply,
         buffer: &mut RequestBuffer,
     ) -> std::result::Result<(), Reply> {
-        let Some(Shared { aio, tools, .. }) = self.shared.as_deref() else { return Err(reply) };
+        let Some(shared) = self.shared.as_deref() else { return Err(reply) };
+        let tools = &shared.tools;
         let place = tools.fs.place(write.handle, Transfer::Write, write.offset, write.len.into());
         let Some(placed) = place else { return Err(reply) };
         let what = What::Write(write);
@@ -197,7 +216,7 @@ impl DirectLane {
             tools.fs.let_go(placed);
             return Err(reply);
         };
-        aio.submit(Request { what, bytes, placed, reply }).map_err(|request| {
+        shared.submit(Request { what, bytes, placed, reply }).map_err(|request| {
             tools.fs.let_go(request.placed);
             tools.give_back(match request.bytes {
                 Bytes::Large(payload) => Bytes::Large(std::mem::replace(buffer, payload)),
@@ -227,6 +246,16 @@ impl Drop for DirectLane {
 }
 
 impl Shared {
+    /// Puts a request to the kernel, unless so many threads do already that too few would be left if all had to wait there: for
+    /// the host's queue of requests, or for its journal.
+    #[expect(clippy::result_large_err, reason = "the request comes back as it was")]
+    fn submit(&self, request: Request) -> std::result::Result<(), Request> {
+        let others = self.submitting.fetch_add(1, Ordering::Relaxed);
+        let result = if others < SUBMITTERS_MAX { self.aio.submit(request) } else { Err(request) };
+        self.submitting.fetch_sub(1, Ordering::Relaxed);
+        result
+    }
+
     /// Answers what is done, and has done what is not.
     fn finish(&self, request: Request, result: io::Result<usize>) {
         let Request { what, bytes, placed, reply } = request;

@@ -133,8 +133,16 @@ impl Tally {
         self.changed.notify_all();
     }
 
-    /// Waits until none is left, unless they are only stopped; says whether one has failed.
-    pub(super) fn wait(&self) -> Result<()> {
+    /// Waits until one has failed, or none is left.
+    pub(super) fn wait_for_failure(&self) -> Result<()> {
+        let mut state = self.state.lock();
+        while state.threads > 0 && state.failure.is_none() {
+            self.changed.wait(&mut state);
+        }
+        state.failure.take().map_or(Ok(()), Err)
+    }
+
+    fn wait(&self) -> Result<()> {
         let mut state = self.state.lock();
         while state.threads > 0 || state.handing_over {
             self.changed.wait(&mut state);

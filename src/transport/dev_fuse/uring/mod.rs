@@ -137,9 +137,10 @@ impl RingSession {
     /// # Errors
     /// If a thread ended before that.
     pub fn wait(&self) -> Result<()> {
-        let result = self.tally.wait();
+        // Nobody else serves the queues of a ring that has failed.
+        self.tally.wait_for_failure().context(|| "answer the kernel's requests")?;
         self.server.finish(None);
-        result.context(|| "answer the kernel's requests")
+        Ok(())
     }
 }
 

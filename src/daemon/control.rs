@@ -277,26 +277,28 @@ fn ask_for_status(store: &Store, server: &ServerInfo) -> Result<Status> {
 /// long, so that trying again helps.
 pub fn upgrade(store: &Store) -> Result<Upgraded> {
     let end = Instant::now() + INTERLUDE;
-    let (stream, server) = loop {
+    let request = b"POST /v1/upgrade HTTP/1.1\r\nHost: cowdisk\r\nContent-Length: 0\r\n\r\n";
+    loop {
         let Some(server) = store.serving()? else {
             let message = format!("store {}: not mounted", store.dir().display());
             return Err(Error::new(ErrorKind::NotFound, message));
         };
-        match connect(store) {
-            Ok(stream) => break (stream, server),
-            Err(error) if error.kind() == ErrorKind::Denied || Instant::now() >= end => {
-                return Err(error.context(format!("ask the daemon (process {})", server.pid)));
+        let what = || format!("ask the daemon (process {})", server.pid);
+        match connect(store).and_then(|stream| ask(stream, request, upgrade::PATIENCE + PATIENCE)) {
+            Ok(body) => {
+                return upgrade::read_answer(&body).ok_or_else(|| {
+                    Error::new(ErrorKind::Io, what() + ": its answer is not understood")
+                        .with_hint("cowdisk status shows which version serves")
+                })?;
             }
+            Err(error) if error.kind() == ErrorKind::Denied || Instant::now() >= end => {
+                return Err(error.context(what()));
+            }
+            // Nobody answers between two processes. One that died with the request had passed it on to nobody: the keeper
+            // would have the connection open still.
             Err(_) => std::thread::sleep(RETRY),
         }
-    };
-    let what = || format!("ask the daemon (process {})", server.pid);
-    let request = b"POST /v1/upgrade HTTP/1.1\r\nHost: cowdisk\r\nContent-Length: 0\r\n\r\n";
-    let body = ask(stream, request, upgrade::PATIENCE + PATIENCE).context(what)?;
-    upgrade::read_answer(&body).ok_or_else(|| {
-        Error::new(ErrorKind::Io, what() + ": its answer is not understood")
-            .with_hint("cowdisk status shows which version serves")
-    })?
+    }
 }
 
 fn connect(store: &Store) -> Result<UnixStream> {

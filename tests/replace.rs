@@ -36,8 +36,8 @@ fn daemon_process() {
     });
 }
 
-/// What the log says of that write.
-const POISON: &str = " offset 5111808 size 512\n";
+/// What the log says of that write, which is larger than any that [`load`] makes.
+const POISON: &str = " offset 5111808 size 70001\n";
 
 #[test]
 fn open_files_stay_open_and_inode_numbers_the_same_when_the_daemon_is_killed() {
@@ -237,7 +237,7 @@ fn a_process_that_keeps_dying_is_started_less_and_less_often_until_it_lives() {
 fn a_request_that_each_process_dies_of_is_answered_with_an_error_in_the_end() {
     let mut mount = kept("");
     let (file, other) = (open(&mount.disk()), open(&mount.local()));
-    assert_eq!(errno(file.write_all_at(&[1; 512], 5_111_808)), libc::EIO);
+    assert_eq!(errno(file.write_all_at(&[1; 70_001], 5_111_808)), libc::EIO);
     for file in [&file, &other] {
         file.write_all_at(b"alive", 0).unwrap();
         let mut seen = [0; 5];

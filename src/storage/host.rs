@@ -106,9 +106,8 @@ pub trait Host: Send + Sync + Debug {
 pub struct RealHost;
 
 impl Host for RealHost {
-    /// Not while processes that serve were seen to abort where this was allowed, just after they had taken over.
     fn may_be_bypassed(&self) -> bool {
-        false
+        true
     }
 
     fn make_dir(&self, dir: BorrowedFd<'_>, name: &OsStr, mode: u32) -> Result<()> {

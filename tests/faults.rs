@@ -5,6 +5,7 @@
 
 mod common;
 
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -64,7 +65,20 @@ impl World {
     }
 
     fn open(&self) -> Result<Overlay> {
-        Overlay::open("test", self.files(), BaseImage::blank(), &self.folder.path().join("live"))
+        Overlay::open("test", self.files(), BaseImage::blank(), &self.live_map())
+    }
+
+    fn live_map(&self) -> PathBuf {
+        self.folder.path().join("live")
+    }
+
+    /// Cuts the host's power while the layer is open, and opens it in the next boot.
+    fn cut_power_and_open(&self) -> Overlay {
+        self.data.crash();
+        self.map.crash();
+        std::fs::remove_file(self.live_map()).expect("the live map of the boot that ended");
+        Overlay::open_accepting_loss("test", self.files(), BaseImage::blank(), &self.live_map())
+            .expect("open after the power cut")
     }
 }
 
@@ -161,12 +175,7 @@ fn what_a_failed_sync_left_in_the_cache_is_not_built_upon() {
         let overlay = world.open().expect("open again");
         overlay.write_at(16384, &[3; 4096]).and_then(|()| overlay.flush()).expect("write and flush");
         drop(overlay);
-        world.data.crash();
-        world.map.crash();
-        let live = world.folder.path().join("live");
-        std::fs::remove_file(&live).expect("the live map of the boot that ended");
-        let overlay = Overlay::open_accepting_loss("test", world.files(), BaseImage::blank(), &live);
-        let overlay = overlay.expect("open after the power cut");
+        let overlay = world.cut_power_and_open();
         for (at, byte) in [(0, 1), (16384, 3)] {
             let mut found = [0; 4096];
             overlay.read_at(at, &mut found).expect("read");
@@ -202,12 +211,7 @@ fn what_the_host_failed_to_write_is_not_read_though_the_beginning_of_the_session
         let seen = read(&overlay);
         overlay.flush().expect("flush");
         drop(overlay);
-        world.data.crash();
-        world.map.crash();
-        let live = world.folder.path().join("live");
-        std::fs::remove_file(&live).expect("the live map of the boot that ended");
-        let overlay = Overlay::open_accepting_loss("test", world.files(), BaseImage::blank(), &live);
-        let left = read(&overlay.expect("open after the power cut"));
+        let left = read(&world.cut_power_and_open());
         assert!(left == seen, "what was read is not what the disk held, seed {seed}");
         lost += u32::from(seen != [2; 4096]);
     }

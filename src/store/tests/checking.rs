@@ -4,7 +4,7 @@ use super::*;
 use crate::finding::{Finding, Outcome, Severity};
 use crate::format::BaseId;
 
-pub(super) fn check_with(t: &TestStore, request: &CheckRequest) -> CheckReport {
+fn check_with(t: &TestStore, request: &CheckRequest) -> CheckReport {
     let store = Store::open_as_it_is(t.folder.path()).unwrap().with_run_dir(t.run.path());
     store.check(request, &NoProgress).unwrap()
 }
@@ -18,7 +18,7 @@ pub(super) fn check(t: &TestStore) -> Vec<Finding> {
     report.findings
 }
 
-pub(super) fn full(t: &TestStore) -> CheckReport {
+fn full(t: &TestStore) -> CheckReport {
     check_with(t, &CheckRequest { full: true, ..CheckRequest::default() })
 }
 
@@ -34,7 +34,7 @@ pub(super) fn only(findings: &[Finding], kind: &str, severity: Severity) -> Find
     finding.clone()
 }
 
-pub(super) fn base_of(t: &TestStore) -> (BaseId, PathBuf) {
+fn base_of(t: &TestStore) -> (BaseId, PathBuf) {
     let base = t.store.image(&name("debian")).unwrap().base;
     (base, t.path(&format!("bases/{base}/base.raw")))
 }
@@ -245,13 +245,7 @@ fn a_base_that_was_replaced_between_opening_and_locking_is_not_held() {
 #[test]
 fn kernels_and_ramdisks_are_checked_by_content() {
     let t = empty_store();
-    let kernel = t.file("vmlinuz", b"a kernel");
-    let request = ImportRequest {
-        source: t.file("source.img", &image_bytes()),
-        kernel: Some(kernel),
-        ..ImportRequest::default()
-    };
-    let id = t.store.import_image(&name("debian"), &request, &NoProgress).unwrap().kernel.unwrap();
+    let id = import_with_kernel(&t).kernel.unwrap();
     t.store.create_instance(&name("web-3"), &InstanceSpec::of(name("debian")), &NoProgress).unwrap();
     assert_eq!(full(&t).findings, []);
     let path = t.path(&format!("boot/{id}"));

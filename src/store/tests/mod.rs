@@ -45,17 +45,17 @@ fn name(text: &str) -> ObjectName {
     text.parse().unwrap()
 }
 
-/// 1 MiB: data, a hole's worth of zeroes, data.
-/// Imports the image `debian` with a kernel, which it names.
-fn import_with_kernel(t: &TestStore) -> BootFileId {
+/// Imports the image `debian` with a kernel.
+fn import_with_kernel(t: &TestStore) -> Image {
     let request = ImportRequest {
         source: t.file("source.img", &image_bytes()),
         kernel: Some(t.file("vmlinuz", b"a kernel")),
         ..ImportRequest::default()
     };
-    t.store.import_image(&name("debian"), &request, &NoProgress).unwrap().kernel.unwrap()
+    t.store.import_image(&name("debian"), &request, &NoProgress).unwrap()
 }
 
+/// 1 MiB: data, a hole's worth of zeroes, data.
 fn image_bytes() -> Vec<u8> {
     let mut bytes = vec![0; 1 << 20];
     bytes[..5000].fill(0x11);

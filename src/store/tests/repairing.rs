@@ -8,7 +8,7 @@ use crate::finding::Severity;
 #[test]
 fn damaged_attributes_of_a_kernel_are_found_and_forgotten() {
     let t = empty_store();
-    let id = import_with_kernel(&t);
+    let id = import_with_kernel(&t).kernel.unwrap();
     let attributes = format!("attrs/boot-{id}.json");
     put(&t.path(&attributes), b"{");
     let finding = only(&check(&t), "attributes", Severity::Warning);

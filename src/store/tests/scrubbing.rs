@@ -87,7 +87,7 @@ fn a_base_that_only_looks_changed_is_not_accepted_without_being_asked() {
 #[test]
 fn a_rotten_kernel_is_named_with_its_users() {
     let t = empty_store();
-    let id = import_with_kernel(&t);
+    let id = import_with_kernel(&t).kernel.unwrap();
     let report = scrub(&t);
     assert_eq!((report.check.findings.len(), report.boot_files_read), (0, 1));
     let path = t.path(&format!("boot/{id}"));
@@ -129,12 +129,7 @@ fn readers_of_the_store_exclude_changes_and_not_each_other() {
 #[test]
 fn what_was_not_read_is_not_counted_and_is_told() {
     let t = empty_store();
-    let request = ImportRequest {
-        source: t.file("source.img", &image_bytes()),
-        kernel: Some(t.file("vmlinuz", b"a kernel")),
-        ..ImportRequest::default()
-    };
-    let image = t.store.import_image(&name("debian"), &request, &NoProgress).unwrap();
+    let image = import_with_kernel(&t);
     let path = t.path(&format!("bases/{}/base.raw", image.base));
     // As whoever replaces it does.
     let held = t.store.hold_base(&image.base).unwrap();

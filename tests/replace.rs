@@ -20,10 +20,9 @@ use std::time::Duration;
 use cowdisk::ErrorKind;
 use cowdisk::daemon;
 use cowdisk::store::DiskName;
-use load::{kept, kill_worker, number, status, under_load};
-use mount::{Aligned, MIB, errno, image_bytes, kill_and_wait, name, open, open_with};
+use load::{kept, kill_worker, number, status, under_load, while_nobody_serves};
+use mount::{Aligned, MIB, TestMount, errno, image_bytes, kill_and_wait, name, open, open_with, read_at};
 use power_cut::random::Random;
-use rustix::process::Signal;
 
 /// Not a test: the daemon of all others, see [`mount`].
 #[test]
@@ -52,16 +51,12 @@ fn open_files_stay_open_and_inode_numbers_the_same_when_the_daemon_is_killed() {
         // A life of a second costs no wait after its end.
         std::thread::sleep(Duration::from_millis(1050));
         kill_worker(&mount);
-        let mut seen = [0; 5000];
-        file.read_exact_at(&mut seen, u64::from(round) * 10_000).unwrap();
-        assert_eq!(seen, [round; 5000]);
+        assert_eq!(read_at(&file, u64::from(round) * 10_000, 5000), [round; 5000]);
         direct.write_all_at(&Aligned::filled(4096, round), MIB).unwrap();
         let mut seen = Aligned::new(4096);
         direct.read_exact_at(&mut seen, MIB).unwrap();
         assert!(seen.iter().all(|byte| *byte == round));
-        let mut seen = vec![0; 1000];
-        image.read_exact_at(&mut seen, 3 * MIB).unwrap();
-        assert_eq!(seen, image_bytes(3 * MIB, 1000));
+        assert_eq!(read_at(&image, 3 * MIB, 1000), image_bytes(3 * MIB, 1000));
         file.sync_all().unwrap();
         assert_eq!(file.metadata().unwrap().ino(), std::fs::metadata(mount.disk()).unwrap().ino());
         assert_eq!(numbers(), before);
@@ -83,10 +78,18 @@ fn a_disk_that_was_closed_before_is_opened_as_ever() {
     open(&mount.disk()).write_all_at(b"before", 0).unwrap();
     mount.wait_until("closed", || status(&mount).disks.is_empty());
     kill_worker(&mount);
-    let mut seen = [0; 6];
-    open(&mount.disk()).read_exact_at(&mut seen, 0).unwrap();
-    assert_eq!(&seen, b"before");
+    assert_eq!(read_at(&open(&mount.disk()), 0, 6), b"before");
     mount.unmount().unwrap();
+}
+
+/// Removes some files of the run directory.
+fn lose_of_run_dir(mount: &TestMount, is_lost: impl Fn(&str) -> bool) {
+    for entry in std::fs::read_dir(mount.store.run_dir().unwrap()).unwrap() {
+        let entry = entry.unwrap();
+        if is_lost(entry.file_name().to_str().unwrap()) {
+            std::fs::remove_file(entry.path()).unwrap();
+        }
+    }
 }
 
 #[test]
@@ -97,15 +100,7 @@ fn a_disk_of_which_the_last_writes_are_gone_answers_eio_until_it_is_closed() {
     file.sync_all().unwrap();
     file.write_all_at(&[0xee; 4096], MIB).unwrap();
     let keeper = mount.pid();
-    mount.signal(Signal::STOP);
-    kill_worker(&mount);
-    for entry in std::fs::read_dir(mount.store.run_dir().unwrap()).unwrap() {
-        let path = entry.unwrap().path();
-        if path.extension().is_some_and(|extension| extension == "map") {
-            std::fs::remove_file(path).unwrap();
-        }
-    }
-    mount.signal(Signal::CONT);
+    while_nobody_serves(&mount, || lose_of_run_dir(&mount, |name| name.ends_with(".map")));
     let mut seen = [0; 8];
     assert_eq!(errno(file.read_exact_at(&mut seen, 0)), libc::EIO);
     assert_eq!(errno(file.write_all_at(b"more", 0)), libc::EIO);
@@ -129,16 +124,9 @@ fn a_disk_of_which_all_that_the_run_directory_held_is_gone_answers_eio() {
     let mut mount = kept("accept_loss");
     let file = open(&mount.disk());
     file.write_all_at(&[0xee; 4096], MIB).unwrap();
-    mount.signal(Signal::STOP);
-    kill_worker(&mount);
-    for entry in std::fs::read_dir(mount.store.run_dir().unwrap()).unwrap() {
-        let entry = entry.unwrap();
-        let name = entry.file_name().into_string().unwrap();
-        if name.starts_with("in-use-") || name.ends_with(".map") {
-            std::fs::remove_file(entry.path()).unwrap();
-        }
-    }
-    mount.signal(Signal::CONT);
+    while_nobody_serves(&mount, || {
+        lose_of_run_dir(&mount, |name| name.starts_with("in-use-") || name.ends_with(".map"));
+    });
     let mut seen = [0; 8];
     assert_eq!(errno(file.read_exact_at(&mut seen, MIB)), libc::EIO);
     drop(file);
@@ -171,18 +159,15 @@ fn another_store_in_the_place_of_the_one_that_is_mounted_is_not_served() {
     let file = open(&mount.disk());
     file.write_all_at(b"answered", 0).unwrap();
     let (store, aside) = (mount.store.dir().to_owned(), mount.store.dir().with_extension("aside"));
-    mount.signal(Signal::STOP);
-    kill_worker(&mount);
-    std::fs::rename(&store, &aside).unwrap();
-    let copied = std::process::Command::new("cp").arg("-a").args([&aside, &store]).status().unwrap();
-    assert!(copied.success());
-    mount.signal(Signal::CONT);
+    while_nobody_serves(&mount, || {
+        std::fs::rename(&store, &aside).unwrap();
+        let copied = std::process::Command::new("cp").arg("-a").args([&aside, &store]).status().unwrap();
+        assert!(copied.success());
+    });
     mount.wait_until("refused", || mount.log().contains("not the store that is mounted"));
     std::fs::remove_dir_all(&store).unwrap();
     std::fs::rename(&aside, &store).unwrap();
-    let mut seen = [0; 8];
-    file.read_exact_at(&mut seen, 0).unwrap();
-    assert_eq!(&seen, b"answered");
+    assert_eq!(read_at(&file, 0, 8), b"answered");
     drop(file);
     mount.unmount().unwrap();
 }
@@ -194,14 +179,13 @@ fn an_instance_in_use_is_not_removed_while_nobody_serves() {
     let local = open(&mount.local());
     drop(local);
     mount.wait_until("closed", || status(&mount).disks.len() == 1);
-    mount.signal(Signal::STOP);
-    kill_worker(&mount);
-    let error = mount.store.open_disk(&name("web"), DiskName::Root).unwrap_err();
-    assert_eq!(error.kind(), ErrorKind::Busy);
-    mount.store.open_disk(&name("web"), DiskName::Local).unwrap().close().unwrap();
-    let error = mount.store.remove_instance(&name("web")).unwrap_err();
-    assert_eq!(error.kind(), ErrorKind::Busy, "{error}");
-    mount.signal(Signal::CONT);
+    while_nobody_serves(&mount, || {
+        let error = mount.store.open_disk(&name("web"), DiskName::Root).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Busy);
+        mount.store.open_disk(&name("web"), DiskName::Local).unwrap().close().unwrap();
+        let error = mount.store.remove_instance(&name("web")).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Busy, "{error}");
+    });
     file.write_all_at(b"alive", 0).unwrap();
     drop(file);
     mount.store.remove_instance(&name("web")).unwrap();
@@ -240,9 +224,7 @@ fn a_request_that_each_process_dies_of_is_answered_with_an_error_in_the_end() {
     assert_eq!(errno(file.write_all_at(&[1; 70_001], 5_111_808)), libc::EIO);
     for file in [&file, &other] {
         file.write_all_at(b"alive", 0).unwrap();
-        let mut seen = [0; 5];
-        file.read_exact_at(&mut seen, 0).unwrap();
-        assert_eq!(&seen, b"alive");
+        assert_eq!(read_at(file, 0, 5), b"alive");
     }
     assert_eq!(status(&mount).keeper.unwrap().restarts, 5);
     assert!(mount.log().contains("refused, as processes died while it was under way"));
@@ -259,9 +241,7 @@ fn without_its_keeper_the_daemon_serves_on_and_is_unmounted_as_ever() {
     mount.kill_keeper();
     mount.wait_until("it notices", || status(&mount).keeper.is_none());
     file.write_all_at(b"after!", 6).unwrap();
-    let mut seen = [0; 12];
-    file.read_exact_at(&mut seen, 0).unwrap();
-    assert_eq!(&seen, b"beforeafter!");
+    assert_eq!(read_at(&file, 0, 12), b"beforeafter!");
     assert!(mount.log().contains("serving on without one"));
     mount.wait_until("it says that it serves", || mount.store.serving().unwrap().unwrap().pid == worker);
     assert_eq!(daemon::unmount(&mount.mountpoint()).unwrap_err().kind(), ErrorKind::Busy);
@@ -276,10 +256,9 @@ fn without_its_keeper_the_daemon_serves_on_and_is_unmounted_as_ever() {
 fn a_mount_that_goes_away_while_nobody_serves_is_ended_in_order() {
     let mut mount = kept("");
     open(&mount.disk()).write_all_at(b"last", 0).unwrap();
-    mount.signal(Signal::STOP);
-    kill_worker(&mount);
-    rustix::mount::unmount(mount.mountpoint(), rustix::mount::UnmountFlags::empty()).unwrap();
-    mount.signal(Signal::CONT);
+    while_nobody_serves(&mount, || {
+        rustix::mount::unmount(mount.mountpoint(), rustix::mount::UnmountFlags::empty()).unwrap();
+    });
     assert!(mount.ends_within(Duration::from_secs(60)).expect("it ends").success());
     let disk = mount.store.open_disk(&name("web"), DiskName::Root).unwrap();
     let mut seen = [0; 4];

@@ -27,7 +27,7 @@ use cowdisk::daemon::{self, Upgraded};
 use cowdisk::{ErrorKind, Result};
 use host::{Kind, SmallHost};
 use load::{kept, kill_worker, number, status, under_load};
-use mount::{Aligned, MIB, TestMount, image_bytes, open, open_with};
+use mount::{Aligned, MIB, TestMount, image_bytes, open, open_with, read_at};
 use power_cut::random::Random;
 use rustix::process::Signal;
 
@@ -127,13 +127,9 @@ fn open_files_stay_open_when_the_installed_program_takes_over() {
         assert_eq!((upgraded.from.as_str(), upgraded.to.as_str()), (version, version));
         assert_ne!(mount.worker(), worker);
         assert_eq!(running(&mount), std::fs::metadata(mount.copy_path()).unwrap().ino());
-        let mut seen = [0; 5000];
-        file.read_exact_at(&mut seen, u64::from(round) * 10_000).unwrap();
-        assert_eq!(seen, [round; 5000]);
+        assert_eq!(read_at(&file, u64::from(round) * 10_000, 5000), [round; 5000]);
         direct.write_all_at(&Aligned::filled(4096, round), MIB).unwrap();
-        let mut seen = vec![0; 1000];
-        image.read_exact_at(&mut seen, 3 * MIB).unwrap();
-        assert_eq!(seen, image_bytes(3 * MIB, 1000));
+        assert_eq!(read_at(&image, 3 * MIB, 1000), image_bytes(3 * MIB, 1000));
         file.sync_all().unwrap();
         assert_eq!(ino(), before);
         let keeper = status(&mount).keeper.unwrap();
@@ -198,9 +194,7 @@ fn the_program_of_before_takes_over_again_from_one_that_does_not_serve() {
         let error = upgrade(&mount).unwrap_err();
         let text = error.to_string();
         assert!(text.contains("the program of before takes over again") && text.contains(why), "{error}");
-        let mut seen = [0; 5000];
-        file.read_exact_at(&mut seen, 0).unwrap();
-        assert_eq!(seen, [byte; 5000]);
+        assert_eq!(read_at(&file, 0, 5000), [byte; 5000]);
         assert_eq!(running(&mount), good);
         let keeper = status(&mount).keeper.unwrap();
         assert_eq!((keeper.upgrades, keeper.restarts as usize), (0, round + 1));
@@ -245,9 +239,7 @@ fn requests_that_wait_for_the_disk_are_not_cut_off_but_put_the_upgrade_off() {
         let error = upgrade(&mount).unwrap_err();
         assert_eq!(error.kind(), ErrorKind::Busy, "{error}");
         assert!(error.to_string().contains("some requests still wait for the host's disk"), "{error}");
-        let mut seen = vec![0; 1000];
-        image.read_exact_at(&mut seen, 3 * MIB).unwrap();
-        assert_eq!(seen, image_bytes(3 * MIB, 1000), "requests are read again");
+        assert_eq!(read_at(&image, 3 * MIB, 1000), image_bytes(3 * MIB, 1000), "requests are read again");
         assert!(!buffered.is_finished() && !written.is_finished());
         assert_eq!(mount.worker(), worker);
         drop(frozen);
@@ -255,10 +247,8 @@ fn requests_that_wait_for_the_disk_are_not_cut_off_but_put_the_upgrade_off() {
         written.join().unwrap().unwrap();
     });
     upgrade(&mount).unwrap();
-    let mut seen = [0; 4096];
     for at in 0..2 {
-        file.read_exact_at(&mut seen, at * MIB).unwrap();
-        assert_eq!(seen, [2; 4096]);
+        assert_eq!(read_at(&file, at * MIB, 4096), [2; 4096]);
     }
     drop((file, direct, image));
     mount.unmount().unwrap();

@@ -13,6 +13,7 @@ use std::time::{Duration, Instant};
 use cowdisk::daemon::{self, Status};
 use power_cut::random::Random;
 use rustix::fs::FallocateFlags;
+use rustix::process::Signal;
 
 use crate::mount::{self, TestMount, kill_and_wait, open};
 
@@ -23,6 +24,14 @@ pub fn kept(options: &str) -> TestMount {
 
 pub fn kill_worker(mount: &TestMount) {
     kill_and_wait(mount.worker());
+}
+
+/// Kills the process that answers, and does `work` before another one takes over.
+pub fn while_nobody_serves(mount: &TestMount, work: impl FnOnce()) {
+    mount.signal(Signal::STOP);
+    kill_worker(mount);
+    work();
+    mount.signal(Signal::CONT);
 }
 
 pub fn status(mount: &TestMount) -> Status {

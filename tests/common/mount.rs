@@ -406,6 +406,13 @@ pub fn open_with(path: &Path, flags: i32) -> std::io::Result<File> {
     OpenOptions::new().read(true).write(true).custom_flags(flags).open(path)
 }
 
+/// What a file holds at `offset`.
+pub fn read_at(file: &File, offset: u64, len: usize) -> Vec<u8> {
+    let mut seen = vec![0; len];
+    std::os::unix::fs::FileExt::read_exact_at(file, &mut seen, offset).unwrap();
+    seen
+}
+
 /// The errno of a result that should be an error.
 pub fn errno<T: std::fmt::Debug>(result: std::io::Result<T>) -> i32 {
     result.unwrap_err().raw_os_error().expect("an error of the system")

@@ -23,12 +23,18 @@ pub(super) type HashFile<'a> = dyn FnMut(&str, &File, u64) -> Result<[u8; 32]> +
 pub(super) struct ContentCheck<'a> {
     /// Reads them.
     pub(super) hash: &'a mut HashFile<'a>,
-    /// Whether a base that has the right bytes, but does not look as it was stored, is accepted.
-    pub(super) accept: bool,
     /// Whether a base that has other bytes is marked, so that nothing opens over it.
     pub(super) mark: bool,
-    /// Whether a base that cannot be read is marked, so that importing its image again replaces it.
-    pub(super) mark_unreadable: bool,
+    /// Whether a base that has the right bytes, but does not look as it was stored, is accepted, and one that cannot be read
+    /// is marked, so that importing its image again replaces it.
+    pub(super) repair: bool,
+}
+
+impl ContentCheck<'_> {
+    fn hash(&mut self, what: &str, file: &File) -> Result<[u8; 32]> {
+        let metadata = file.metadata().context(|| format!("look up {what}"))?;
+        (self.hash)(what, file, metadata.len())
+    }
 }
 
 impl Store {
@@ -46,12 +52,7 @@ impl Store {
         // As a scrub reads: a base that it has marked must not be accepted for what the host's cache still has of it.
         let mut hash =
             |what: &str, file: &File, len| hash_from_disk(file, len, &format!("check {what}"), progress);
-        let mut how = ContentCheck {
-            hash: &mut hash,
-            accept: request.repair,
-            mark: request.repair,
-            mark_unreadable: request.repair,
-        };
+        let mut how = ContentCheck { hash: &mut hash, mark: request.repair, repair: request.repair };
         for id in inventory.base_users.keys() {
             self.check_base_content(id, inventory, &mut how, report)?;
         }
@@ -78,10 +79,7 @@ impl Store {
                 return Ok(false);
             }
         };
-        let contents = file
-            .metadata()
-            .context(|| "look up a base")
-            .and_then(|metadata| compare_contents(id.0, || (how.hash)(&object, &file, metadata.len())));
+        let contents = compare_contents(id.0, || how.hash(&object, &file));
         let users = inventory.users_of(id).join(", ");
         let known = report.findings.iter().position(|finding| finding.object == object);
         let is_read = contents.is_ok();
@@ -89,7 +87,7 @@ impl Store {
             Err(error) if error.kind() == ErrorKind::Interrupted => return Err(error),
             Err(error) => {
                 let message = format!("{}; needed by {users}", said(&error));
-                report.findings.push(self.unreadable(id, object, message, &error, how.mark_unreadable));
+                report.findings.push(self.unreadable(id, object, message, &error, how.repair));
             }
             Ok(Contents::RightAtSecond) => {
                 let remedy = Remedy::Operator(READ_TWICE_HINT.to_owned());
@@ -98,7 +96,7 @@ impl Store {
             }
             Ok(Contents::Right) => {
                 if let Some(finding) = known.and_then(|at| report.findings.get_mut(at)) {
-                    self.accept(id, finding, how.accept);
+                    self.accept(id, finding, how.repair);
                 }
             }
             Ok(Contents::Other(found)) => {
@@ -129,10 +127,7 @@ impl Store {
                 return Ok(false);
             }
         };
-        let hash = file
-            .metadata()
-            .context(|| format!("look up {object}"))
-            .and_then(|metadata| (how.hash)(&object, &file, metadata.len()));
+        let hash = how.hash(&object, &file);
         let is_read = hash.is_ok();
         let (kind, what) = match hash {
             Err(error) if error.kind() == ErrorKind::Interrupted => return Err(error),
@@ -207,6 +202,7 @@ mod tests {
     use super::super::super::progress::NoProgress;
     use super::super::super::tests::{TestStore, store_with_image};
     use super::*;
+
     /// A check of the one base of the store, with `readings` for what it reads: `None` is the right bytes.
     fn check(t: &TestStore, repair: bool, readings: Vec<Option<Result<[u8; 32]>>>) -> (BaseId, Vec<Finding>) {
         let request = CheckRequest { full: true, repair, ..CheckRequest::default() };
@@ -215,7 +211,7 @@ mod tests {
         let id = *inventory.base_users.keys().next().unwrap();
         let mut readings = readings.into_iter();
         let mut hash = |_: &str, _: &File, _| readings.next().unwrap().unwrap_or(Ok(id.0));
-        let mut how = ContentCheck { hash: &mut hash, accept: repair, mark: repair, mark_unreadable: repair };
+        let mut how = ContentCheck { hash: &mut hash, mark: repair, repair };
         t.store.check_base_content(&id, &inventory, &mut how, &mut report).unwrap();
         assert!(readings.next().is_none(), "read less often than expected");
         (id, report.findings)

@@ -126,7 +126,7 @@ impl Store {
             log::info!("scrub: {what}");
             hash(reader, file, len)
         };
-        let mut how = ContentCheck { hash: &mut hash, accept: false, mark: true, mark_unreadable: false };
+        let mut how = ContentCheck { hash: &mut hash, mark: true, repair: false };
         for id in inventory.base_users.keys() {
             let is_read = self.check_base_content(id, inventory, &mut how, &mut report.check)?;
             report.bases_read += u64::from(is_read);

@@ -39,7 +39,7 @@ use std::path::Path;
 pub use control::{status, upgrade};
 pub use holders::{Holder, holders};
 pub use http::{REQUEST_BYTES_MAX, Refusal, Request, Route, read_request};
-pub use identity::{Keep, as_owner, as_owner_of, become_owner};
+pub use identity::{Keep, as_owner, as_owner_of, become_owner, may_mount};
 pub use mounts::{MountEntry, mounts};
 pub use options::{FLUSH_SECONDS, FLUSH_SECONDS_MAX, MountOptions, THREADS_MAX};
 pub use readiness::{LOG_VARIABLE, SpawnRequest};

@@ -7,13 +7,12 @@ use rustix::process::{Resource, getrlimit};
 
 use super::Line;
 use super::tools::find_program;
+use crate::daemon::may_mount;
+use crate::transport::Transport;
 use crate::transport::mount::check_device;
 
 /// The first kernel that sends requests again after a kill (FUSE_NOTIFY_RESEND).
 const RESENDS: (u32, u32) = (6, 9);
-
-/// The capability that mounting takes.
-const CAP_SYS_ADMIN: u32 = 21;
 
 /// Files that the daemon has open besides those of disks, and for each disk: map, data twice, base, live map.
 const FILES_OF_DAEMON: u64 = 100;
@@ -27,7 +26,7 @@ pub(super) fn look() -> Vec<Line> {
     let release = system.release().to_string_lossy().into_owned();
     let version = version_of(&release);
     let root = rustix::process::geteuid().is_root();
-    let mounts_itself = has_capability(CAP_SYS_ADMIN);
+    let mounts_itself = may_mount();
     let mut lines = vec![kernel(&release, version), fuse(), rights(root, mounts_itself)];
     if !root {
         lines.push(fuse_conf());
@@ -107,12 +106,9 @@ fn fuse_conf() -> Line {
 }
 
 fn uring() -> Line {
-    let message = match std::fs::read_to_string("/sys/module/fuse/parameters/enable_uring") {
-        Ok(text) if text.trim() == "Y" => {
-            "the kernel offers it: -o transport=io_uring serves by it, and does not survive a crash"
-        }
-        Ok(_) => "the kernel's FUSE has it switched off, as usual, so -o transport=io_uring is refused",
-        Err(_) => "the kernel's FUSE has none, so -o transport=io_uring is refused",
+    let message = match Transport::IoUring.require() {
+        Ok(()) => "-o transport=io_uring serves by it, and does not survive a crash".to_owned(),
+        Err(error) => format!("-o transport=io_uring is refused: {error}"),
     };
     Line::ok("io_uring", message)
 }
@@ -134,15 +130,6 @@ fn locked_memory() -> Line {
         Some(limit) => format!("at most {limit} bytes; cowdisk locks none"),
     };
     Line::ok("locked memory", message)
-}
-
-/// Whether a capability is in effect for this process.
-fn has_capability(number: u32) -> bool {
-    let status = std::fs::read_to_string("/proc/thread-self/status").unwrap_or_default();
-    let effective = status.lines().find_map(|line| line.strip_prefix("CapEff:"));
-    effective
-        .and_then(|bits| u64::from_str_radix(bits.trim(), 16).ok())
-        .is_some_and(|bits| bits & (1 << number) != 0)
 }
 
 #[cfg(test)]

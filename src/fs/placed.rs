@@ -5,7 +5,6 @@ use std::sync::Arc;
 
 use super::Fs;
 use super::counters::Operation;
-use super::errno::Outcome;
 use super::handles::HandleId;
 use super::open_disks::OpenDisk;
 use super::open_file::OpenFile;
@@ -66,8 +65,8 @@ impl Drop for Placed {
 
 impl Fs {
     /// Where a direct request goes, if it is but one request to the host's disk: of an overlay, where all of it is data of
-    /// its own. `None`, too, for a write while others write to that disk through the host's cache. What the map says of it may change while it is under way: a discard of the same blocks then comes before it
-    /// or after.
+    /// its own. `None`, too, for a write while others write to that disk through the host's cache. What the map says of it
+    /// may change while it is under way: a discard of the same blocks then comes before it or after.
     pub fn place(&self, handle: HandleId, transfer: Transfer, offset: u64, len: u64) -> Option<Placed> {
         if !(offset | len).is_multiple_of(SECTOR_BYTES) {
             return None;
@@ -84,14 +83,15 @@ impl Fs {
 
     /// All of the request is done, and is to be answered.
     pub fn landed(&self, placed: Placed) {
-        let (operation, done) = match placed.transfer {
-            Transfer::Read => (Operation::Read, Ok(())),
-            Transfer::Write => {
-                (Operation::Write, placed.disk.as_ref().map_or(Ok(()), |disk| disk.change(|_| Ok(()))))
-            }
+        let operation = match placed.transfer {
+            Transfer::Read => Operation::Read,
+            Transfer::Write => Operation::Write,
         };
-        let done: Outcome<()> = done;
-        self.counters.count(operation, placed.len, &done);
+        if let (Transfer::Write, Some(disk)) = (placed.transfer, &placed.disk) {
+            // Done already: what is left is that the background flushes it.
+            disk.change(|_| ());
+        }
+        self.counters.count(operation, placed.len, &Ok(()));
         self.let_go(placed);
     }
 

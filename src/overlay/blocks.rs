@@ -112,7 +112,8 @@ impl Blocks {
     }
 
     /// Stores whole blocks, none of them `Data`, through the host's cache, whoever writes: the host's file system then gives
-    /// space to many of them at once, at the next flush, instead of to each while its writer waits. Zeroes need no room, but what was preallocated stays so.
+    /// space to many of them at once, at the next flush, instead of to each while its writer waits. Zeroes need no room, but
+    /// what was preallocated stays so.
     fn store(&self, span: BlockSpan, buf: &[u8]) -> Result<()> {
         if is_zero(buf) {
             return self.show_zeroes(span);

@@ -215,8 +215,8 @@ impl Overlay {
     }
 
     /// Whether a write of `len` bytes at `offset` by `way` goes to memory alone: an overwrite of whole pages through the
-    /// host's cache (part of a page might have to be read first) that waits for no direct write. It may still wait for the host to write back what was
-    /// written before.
+    /// host's cache (part of a page might have to be read first) that waits for no direct write. It may still wait for the
+    /// host to write back what was written before.
     pub fn writes_to_memory(&self, way: Way, offset: u64, len: u64) -> bool {
         let geometry = self.geometry();
         if geometry.check_range(offset, len).is_err()

@@ -96,12 +96,8 @@ impl Fs {
             let entries = self.tree.entries(&node)?;
             OpenFile::Directory { node, entries: Mutex::new(Arc::new(entries)) }
         } else {
-            OpenFile::open(
-                &self.tree,
-                &self.disks,
-                &node,
-                OpenMode { write: kept.write, truncate: false, kept: true },
-            )?
+            let mode = OpenMode { write: kept.write, truncate: false };
+            OpenFile::open(&self.tree, &self.disks, &node, mode, true)?
         };
         match self.handles.fill(id, file) {
             Ok(()) => Ok(()),

@@ -185,8 +185,7 @@ impl Fs {
         }
         self.counted(Operation::Open, 0, || {
             let node = self.node(ino)?;
-            let kept = self.is_kept(ino);
-            let file = OpenFile::open(&self.tree, &self.disks, &node, OpenMode { kept, ..mode })?;
+            let file = OpenFile::open(&self.tree, &self.disks, &node, mode, self.is_kept(ino))?;
             self.insert(file, Kept { ino, write: mode.write, directory: false }, request)
         })
     }

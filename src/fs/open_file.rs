@@ -28,8 +28,6 @@ pub struct OpenMode {
     pub write: bool,
     /// With O_TRUNC.
     pub truncate: bool,
-    /// An earlier process of this mount has it open.
-    pub kept: bool,
 }
 
 /// An open file or directory.
@@ -54,11 +52,11 @@ pub enum OpenFile {
 }
 
 impl OpenFile {
-    /// Opens the file of `node`.
-    pub fn open(tree: &Tree, disks: &OpenDisks, node: &Node, mode: OpenMode) -> Outcome<Self> {
+    /// Opens the file of `node`, which an earlier process of this mount may have open, as `kept` says.
+    pub fn open(tree: &Tree, disks: &OpenDisks, node: &Node, mode: OpenMode, kept: bool) -> Outcome<Self> {
         match node {
             Node::Disk { .. } if mode.truncate => Err(Errno::NOT_PERMITTED.into()),
-            Node::Disk { .. } => Ok(Self::Disk(tree.acquire_disk(node, disks, mode.kept)?)),
+            Node::Disk { .. } => Ok(Self::Disk(tree.acquire_disk(node, disks, kept)?)),
             Node::Image { .. } | Node::BootFile(_) if mode.write || mode.truncate => {
                 Err(Errno::READ_ONLY.into())
             }

@@ -297,7 +297,7 @@ impl Server {
     fn open(&self, reply: Reply, request: RequestId, ino: u64, arguments: OpenIn) {
         let flags = arguments.flags.cast_signed();
         let write = flags & libc::O_ACCMODE != libc::O_RDONLY;
-        let mode = OpenMode { write, truncate: flags & libc::O_TRUNC != 0, kept: false };
+        let mode = OpenMode { write, truncate: flags & libc::O_TRUNC != 0 };
         let send = |reply: Reply, handle: HandleId| {
             reply.answer(&[OpenOut { fh: handle.0, open_flags: FILE_FLAGS, backing_id: 0 }.as_bytes()]);
         };

@@ -122,7 +122,7 @@ impl fuser::Filesystem for Server {
 
     fn open(&self, _request: &Request, ino: INodeNo, flags: OpenFlags, reply: ReplyOpen) {
         let write = flags.0 & libc::O_ACCMODE != libc::O_RDONLY;
-        let mode = OpenMode { write, truncate: flags.0 & libc::O_TRUNC != 0, kept: false };
+        let mode = OpenMode { write, truncate: flags.0 & libc::O_TRUNC != 0 };
         let fs = Arc::clone(&self.fs);
         self.slow.run(ino.0, move || {
             let about = about("open", ino);

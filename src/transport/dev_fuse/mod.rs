@@ -39,9 +39,3 @@ pub mod wire;
 pub use connection::{Connection, Unanswered};
 pub use session::DevFuseSession;
 pub use uring::{RingSession, require as require_rings};
-
-/// Threads for requests that wait for the host's disk.
-const SLOW_THREADS: usize = 16;
-
-/// Threads for reads and writes that wait for the host's disk. One file has at most half of them.
-const DISK_THREADS: usize = 32;

@@ -27,6 +27,12 @@ use crate::transport::slow_lane::SlowLane;
 /// that it names), writes to different places go side by side, and a close asks nobody.
 const FILE_FLAGS: u32 = open_flag::DIRECT_IO | open_flag::PARALLEL_DIRECT_WRITES | open_flag::NOFLUSH;
 
+/// Threads for requests that wait for the host's disk.
+const SLOW_THREADS: usize = 16;
+
+/// Threads for reads and writes that wait for the host's disk. One file has at most half of them.
+const DISK_THREADS: usize = 32;
+
 /// Writes whose payload waits for the disk lane or is being written by it. Beyond them the thread that reads a write does
 /// it itself, so that no more is taken on than can be done.
 const WRITES_UNDER_WAY: usize = 32;
@@ -47,16 +53,17 @@ pub struct Server {
 }
 
 impl Server {
-    /// A server of `fs`, with threads in `slow` for what may wait for a sync, and in `disk` for reads and writes that wait
-    /// for the host's disk.
+    /// A server of `fs`, with threads of its own for what may wait.
     ///
     /// # Errors
     /// If the host refuses a thread.
-    pub fn new(fs: Arc<Fs>, unanswered: Unanswered, slow: SlowLane, disk: SlowLane) -> Result<Self> {
-        let (disk, spare) = (Arc::new(disk), Arc::new(SpareBuffers::new(WRITES_UNDER_WAY)));
+    pub fn new(fs: Arc<Fs>, unanswered: Unanswered) -> Result<Self> {
+        let slow = Arc::new(SlowLane::start(SLOW_THREADS)?);
+        let disk = Arc::new(SlowLane::start(DISK_THREADS)?);
+        let spare = Arc::new(SpareBuffers::new(WRITES_UNDER_WAY));
         let direct = DirectLane::start(Arc::clone(&fs), Arc::clone(&disk), Arc::clone(&spare))?;
         let refuses_resent = unanswered == Unanswered::Refuse;
-        Ok(Self { fs, refuses_resent, direct, disk, slow: Arc::new(slow), spare })
+        Ok(Self { fs, refuses_resent, direct, disk, slow, spare })
     }
 
     /// Gives memory that nobody uses back to the host.

@@ -10,10 +10,8 @@ use super::connection::{Connection, Unanswered};
 use super::readers::Readers;
 use super::serve::Server;
 use super::wake;
-use super::{DISK_THREADS, SLOW_THREADS};
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::fs::Fs;
-use crate::transport::slow_lane::SlowLane;
 
 /// A session of the kernel with the filesystem; ends when the mount goes away.
 #[derive(Debug)]
@@ -39,12 +37,7 @@ impl DevFuseSession {
         unanswered: Unanswered,
     ) -> Result<Self> {
         wake::prepare()?;
-        let server = Arc::new(Server::new(
-            fs,
-            unanswered,
-            SlowLane::start(SLOW_THREADS)?,
-            SlowLane::start(DISK_THREADS)?,
-        )?);
+        let server = Arc::new(Server::new(fs, unanswered)?);
         if unanswered != Unanswered::Leave {
             connection.resend()?;
         }

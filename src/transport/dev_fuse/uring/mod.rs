@@ -31,10 +31,8 @@ use super::connection::{Connection, Unanswered};
 use super::readers::Readers;
 use super::serve::Server;
 use super::session::Tally;
-use super::{DISK_THREADS, SLOW_THREADS};
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::fs::Fs;
-use crate::transport::slow_lane::SlowLane;
 use ring::Ring;
 
 /// Whether the kernel lets mounts ask for io_uring: `Y` or `N`.
@@ -97,12 +95,7 @@ impl RingSession {
         let queues = count_processors(&text)
             .ok_or_else(|| Error::new(ErrorKind::Unsupported, format!("{POSSIBLE}: not understood")))?;
         let device = Arc::new(Connection::begin_rings(device)?);
-        let server = Arc::new(Server::new(
-            fs,
-            Unanswered::Leave,
-            SlowLane::start(SLOW_THREADS)?,
-            SlowLane::start(DISK_THREADS)?,
-        )?);
+        let server = Arc::new(Server::new(fs, Unanswered::Leave)?);
         let rings = threads.clamp(1, usize::from(queues));
         let depth = (ENTRIES / usize::from(queues)).clamp(DEPTH_MIN, DEPTH_MAX);
         let tally = Arc::new(Tally::default());

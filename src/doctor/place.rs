@@ -145,13 +145,13 @@ fn served(status: &Status) -> Vec<Line> {
     let ours = env!("CARGO_PKG_VERSION");
     let place = format!("process {} serves {}", status.pid, status.mountpoint.display());
     let by = format!("cowdisk {}, transport {}", status.version, status.transport);
+    let next = match status.keeper {
+        Some(_) => "replace it, while guests go on: cowdisk upgrade",
+        None => "mount anew, when no guest runs",
+    };
     let mut lines = vec![match status.version == ours {
         true => Line::ok(TOPIC, format!("{place}: {by}")),
-        false => Line::warning(
-            TOPIC,
-            format!("{place}: {by}, and this is cowdisk {ours}"),
-            "mount anew, when no guest runs",
-        ),
+        false => Line::warning(TOPIC, format!("{place}: {by}, and this is cowdisk {ours}"), next),
     }];
     lines.push(match &status.keeper {
         None => Line::warning(
@@ -207,7 +207,9 @@ fn not_served(store: &Path, left: Option<PathBuf>) -> Line {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::daemon::{HostStatus, KeeperStatus};
     use crate::doctor::Verdict;
+    use crate::store::Timestamp;
 
     #[test]
     fn each_lack_of_a_file_system_is_judged_by_what_it_costs() {
@@ -248,6 +250,42 @@ mod tests {
             (line.verdict, line.message.as_str()),
             (Verdict::Problem, "2 of 3 do not serve; web/disk is latched")
         );
+    }
+
+    /// Guests had to be shut down for it, it said.
+    #[test]
+    fn a_daemon_of_another_version_is_replaced_by_an_upgrade_if_somebody_keeps_its_mount() {
+        let host = HostStatus {
+            size: 0,
+            used: 0,
+            used_percent: 0,
+            available: 0,
+            reserve: 0,
+            left: 0,
+            high_water_percent: 90,
+            nearly_full: false,
+        };
+        let alone = Status {
+            version: "0.0.1".to_owned(),
+            pid: 2,
+            keeper: None,
+            store: "/store".into(),
+            mountpoint: "/mnt".into(),
+            started: Timestamp::now(),
+            options: String::new(),
+            transport: "dev_fuse".to_owned(),
+            transport_reason: String::new(),
+            host,
+            instances: 0,
+            open_files: 0,
+            disks: Vec::new(),
+        };
+        let keeper =
+            KeeperStatus { pid: 1, version: "0.0.1".to_owned(), restarts: 0, upgrades: 0, last_end: None };
+        let kept = Status { keeper: Some(keeper), ..alone.clone() };
+        let next = |status: &Status| served(status)[0].next.clone().unwrap();
+        assert!(next(&kept).contains("cowdisk upgrade"));
+        assert!(!next(&alone).contains("upgrade"));
     }
 
     #[test]

@@ -1,9 +1,13 @@
 //! Programs that cowdisk works with: QEMU, libvirt, mount(8).
 
+use std::fs::File;
+use std::io::{Read as _, Seek as _};
 use std::os::unix::fs::PermissionsExt as _;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
+use std::process::{Command, ExitStatus, Stdio};
 use std::time::{Duration, Instant};
+
+use rustix::fs::MemfdFlags;
 
 use super::Line;
 use crate::libvirt::kvm::{self, KvmAnswer};
@@ -14,6 +18,9 @@ const USUAL_FOLDERS: [&str; 4] = ["/usr/sbin", "/sbin", "/usr/bin", "/bin"];
 /// How long a program may take to answer.
 const PATIENCE: Duration = Duration::from_secs(5);
 const PAUSE: Duration = Duration::from_millis(5);
+
+/// Bytes of an answer that are looked at.
+const BYTES_MAX: u64 = 4096;
 
 /// Looks at the programs.
 pub(super) fn look() -> Vec<Line> {
@@ -37,23 +44,20 @@ fn is_program(path: &Path) -> bool {
 
 /// The first line that a program prints, if it ends well and in time.
 fn first_line(program: &Path, arguments: &[&str]) -> Option<String> {
+    // No pipe, which somebody whom the program has started and left behind could hold open.
+    let mut said = File::from(rustix::fs::memfd_create("said", MemfdFlags::CLOEXEC).ok()?);
     let mut command = Command::new(program);
-    command.args(arguments).stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::null());
+    command.args(arguments).stdin(Stdio::null()).stdout(said.try_clone().ok()?).stderr(Stdio::null());
     let mut child = command.spawn().ok()?;
     let end = Instant::now() + PATIENCE;
-    // What is asked for here fits the pipe.
-    loop {
-        match child.try_wait() {
-            Ok(Some(_)) => break,
-            Ok(None) if Instant::now() < end => std::thread::sleep(PAUSE),
-            _ => {
-                let _ = child.kill();
-                break;
-            }
-        }
+    while matches!(child.try_wait(), Ok(None)) && Instant::now() < end {
+        std::thread::sleep(PAUSE);
     }
-    let output = child.wait_with_output().ok().filter(|output| output.status.success())?;
-    let text = String::from_utf8_lossy(&output.stdout).into_owned();
+    let _ = child.kill();
+    child.wait().ok().filter(ExitStatus::success)?;
+    let mut bytes = Vec::new();
+    said.rewind().and_then(|()| said.take(BYTES_MAX).read_to_end(&mut bytes)).ok()?;
+    let text = String::from_utf8_lossy(&bytes);
     text.lines().map(str::trim).find(|line| !line.is_empty()).map(str::to_owned)
 }
 
@@ -158,5 +162,14 @@ mod tests {
         let fails = find_program("false").unwrap();
         assert_eq!(first_line(&fails, &[]), None);
         assert_eq!(find_program("no-such-program"), None);
+    }
+
+    /// It was waited for, as it held the pipe.
+    #[test]
+    fn who_is_left_behind_by_a_program_is_not_waited_for() {
+        let shell = find_program("sh").unwrap();
+        let left = first_line(&shell, &["-c", "sleep 1000 & echo $!"]).unwrap();
+        let left = rustix::process::Pid::from_raw(left.parse().unwrap()).unwrap();
+        rustix::process::kill_process(left, rustix::process::Signal::KILL).unwrap();
     }
 }

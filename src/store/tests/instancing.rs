@@ -306,3 +306,27 @@ fn a_long_list_is_whole_and_in_order() {
     std::fs::remove_file(t.path("instances/vm-700/disk.local.data")).unwrap();
     t.refuses(ErrorKind::NotFound, "vm-700/disk.local.data: missing", |store| store.instance_statuses());
 }
+
+/// A write that a process had under way when it was killed could land after newer ones of the next process.
+#[test]
+fn a_disk_is_not_opened_while_a_request_of_a_dead_process_may_be_under_way() {
+    let t = store_with_image();
+    let spec = InstanceSpec { no_cow: true, ..InstanceSpec::of(name("debian")) };
+    t.store.create_instance(&name("full"), &spec, &NoProgress).unwrap();
+    for (instance, file) in [("web-3", "disk.data"), ("full", "disk.raw")] {
+        let path = t.path(&format!("instances/{instance}/{file}"));
+        let held = File::options().read(true).write(true).open(path).unwrap();
+        crate::storage::aio::hold(&held).unwrap();
+        let (opened, word) = std::sync::mpsc::channel();
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                let disk = t.store.open_disk(&name(instance), DiskName::Root).unwrap();
+                opened.send(disk.close()).unwrap();
+            });
+            let early = word.recv_timeout(std::time::Duration::from_millis(50));
+            assert!(early.is_err(), "not waited for; or temporary files are on no local disk");
+            drop(held);
+            word.recv().unwrap().unwrap();
+        });
+    }
+}

@@ -82,6 +82,8 @@ fn requests(page: &mut Page, fs: &Fs) {
             page.value(name, &labels, count);
         }
     }
+    let help = "Reads and writes that the host's disk did while no thread waited for them.";
+    page.single("cowdisk_async_requests_total", "counter", help, fs.asynchronous_requests());
     let name = "cowdisk_bytes_total";
     page.metric(name, "counter", "Bytes of requests that ended well.");
     for operation in [Operation::Read, Operation::Write, Operation::Allocate] {

@@ -26,6 +26,7 @@ mod tree;
 
 use std::ffi::OsStr;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use parking_lot::Mutex;
 
@@ -83,6 +84,8 @@ pub struct Fs {
     handles: Handles<OpenFile>,
     disks: OpenDisks,
     counters: Counters,
+    /// Requests that the host's disk did while no thread waited. One thread counts them.
+    asynchronous: AtomicU64,
     /// Guards whether the table of inode numbers is complete; held while the store is read to complete it.
     numbers: Mutex<Numbers>,
     /// Guards the records of owners, modes and extended attributes from reading one to writing it back.
@@ -128,6 +131,7 @@ impl Fs {
             handles: Handles::new(),
             disks: OpenDisks::default(),
             counters: Counters::default(),
+            asynchronous: AtomicU64::new(0),
             numbers: Mutex::default(),
             records: Mutex::new(()),
         })
@@ -417,6 +421,11 @@ impl Fs {
     /// What was asked for so far, by what it was.
     pub fn request_counts(&self, operation: Operation) -> RequestCounts {
         self.counters.of(operation)
+    }
+
+    /// How many reads and writes the host's disk did while no thread waited for them.
+    pub fn asynchronous_requests(&self) -> u64 {
+        self.asynchronous.load(Ordering::Relaxed)
     }
 
     /// Every disk in use and those that could not be opened, and what all disks have committed so far. Waits for nobody's

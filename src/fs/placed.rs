@@ -2,6 +2,7 @@
 
 use std::os::fd::BorrowedFd;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 
 use super::Fs;
 use super::counters::Operation;
@@ -92,6 +93,7 @@ impl Fs {
             disk.change(|_| ());
         }
         self.counters.count(operation, placed.len, &Ok(()));
+        self.asynchronous.fetch_add(1, Ordering::Relaxed);
         self.let_go(placed);
     }
 

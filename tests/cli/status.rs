@@ -151,6 +151,32 @@ fn metrics_count_what_guests_do() {
     mounted.umount();
 }
 
+/// Threads that wait would do the same, slower, and nobody would notice.
+#[test]
+fn direct_requests_side_by_side_are_done_while_no_thread_waits() {
+    needs_mount();
+    let mounted = Mounted::new();
+    let place = &mounted.0;
+    let path = place.path("mnt/instances/inst/disk");
+    let disk = File::options().write(true).open(&path).unwrap();
+    disk.write_all_at(&[7; 1 << 20], 0).unwrap();
+    disk.sync_all().unwrap();
+    let count = || metric(&metrics(place), "cowdisk_async_requests_total");
+    assert_eq!(count(), 0);
+    let fio = Command::new("fio")
+        .args(["--name=side-by-side", "--rw=randrw", "--bs=4k", "--size=1M", "--loops=20", "--direct=1"])
+        .args(["--ioengine=libaio", "--iodepth=32", "--fallocate=none", "--filename", &path])
+        .output()
+        .expect("fio is needed: scripts/install-deps");
+    assert!(fio.status.success(), "{}", text(&fio.stderr));
+    assert!(
+        count() > 100,
+        "are temporary files on a file system without direct I/O, or is fs.aio-max-nr used up?"
+    );
+    drop(disk);
+    mounted.umount();
+}
+
 #[test]
 fn whoever_asks_badly_is_refused_and_holds_nobody_up() {
     needs_mount();

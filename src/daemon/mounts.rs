@@ -30,7 +30,7 @@ impl MountEntry {
 
     /// Whether it is what it says: a store, mounted by its owner. Any user may mount something of his own under our type
     /// and another store's name.
-    pub(super) fn is_of_its_store(&self) -> bool {
+    pub fn is_of_its_store(&self) -> bool {
         let owner = rustix::fs::stat(&self.source).map(|stat| stat.st_uid);
         self.is_ours() && owner.is_ok_and(|owner| Some(owner) == self.user)
     }

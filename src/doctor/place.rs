@@ -189,7 +189,7 @@ fn disks(disks: &[DiskStatus]) -> Line {
 fn left_mounted(store: &Path) -> Option<PathBuf> {
     let mounts = daemon::mounts().ok()?;
     let store = store.canonicalize().ok()?;
-    mounts.into_iter().find(|mount| mount.is_ours() && mount.source == store).map(|mount| mount.mountpoint)
+    mounts.into_iter().find(|mount| mount.is_of_its_store() && mount.source == store).map(|mount| mount.mountpoint)
 }
 
 fn not_served(store: &Path, left: Option<PathBuf>) -> Line {

@@ -47,6 +47,8 @@ fn first_line(program: &Path, arguments: &[&str]) -> Option<String> {
     // No pipe, which somebody whom the program has started and left behind could hold open.
     let mut said = File::from(rustix::fs::memfd_create("said", MemfdFlags::CLOEXEC).ok()?);
     let mut command = Command::new(program);
+    // A look changes nothing: virsh would start a libvirtd of its user's own.
+    command.env("LIBVIRT_AUTOSTART", "0");
     command.args(arguments).stdin(Stdio::null()).stdout(said.try_clone().ok()?).stderr(Stdio::null());
     let mut child = command.spawn().ok()?;
     let end = Instant::now() + PATIENCE;

@@ -87,7 +87,7 @@ fn what_cowdisk_refuses_has_an_exit_code_of_mount() {
             &[&store, &mnt, "-o", "rw,bogus"],
             1,
             "cowdisk: mount option \"bogus\": not known\n\
-             known: ro, rw, transport=NAME, threads=N, allow_other, noallow_other, flush=SECONDS, accept_loss, reserve=SIZE, high_water=PERCENT, log=FILE\n",
+             known: ro, rw, transport=NAME, threads=N, allow_other, noallow_other, flush=SECONDS, accept_loss, passthrough=auto|off, reserve=SIZE, high_water=PERCENT, log=FILE\n",
         ),
         (
             &["/nonexistent", &mnt],

@@ -249,8 +249,9 @@ pub struct MountArgs {
     /// Serve in the foreground
     #[arg(short, long)]
     pub foreground: bool,
-    /// Options, separated by commas: ro, transport=NAME, threads=N, flush=SECONDS, allow_other, noallow_other, accept_loss, reserve=SIZE,
-    /// high_water=PERCENT, log=FILE
+    /// Options, separated by commas: ro, transport=NAME, threads=N, flush=SECONDS, allow_other, noallow_other, accept_loss,
+    /// passthrough=auto|off, reserve=SIZE, high_water=PERCENT, log=FILE. With passthrough=auto the kernel serves full copies by
+    /// itself where it can; that needs transport=dev_fuse
     #[arg(short, value_name = "OPT,…", allow_hyphen_values = true)]
     pub options: Vec<String>,
     /// Check the store, the mountpoint and the options, and mount nothing

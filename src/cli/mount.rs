@@ -23,7 +23,7 @@ pub(super) fn mount(session: &Session, args: &MountArgs) -> Result<()> {
         daemon::spawn(&session.store, &args.mountpoint, &options)?;
         let store = store.with_space_policy(options.space);
         daemon::as_owner_of(&store, || {
-            tell_transport(&store);
+            tell_transport(&store, options.passthrough);
             warn_of_refused_disks(&store);
             warn_if_high(&store);
             Ok(())
@@ -31,14 +31,18 @@ pub(super) fn mount(session: &Session, args: &MountArgs) -> Result<()> {
     }
 }
 
-/// Says by `-v` what reads the kernel's requests, and why that.
-fn tell_transport(store: &Store) {
-    if !log::log_enabled!(log::Level::Info) {
+/// Says by `-v` what reads the kernel's requests, and why that; and in any case why no disk will be left to the kernel, if that
+/// was `wanted`.
+fn tell_transport(store: &Store, wanted: bool) {
+    if !wanted && !log::log_enabled!(log::Level::Info) {
         return;
     }
     match daemon::status(store) {
         Ok(Some(status)) => {
             log::info!("served by the transport {}, {}", status.transport, status.transport_reason);
+            if let Some(reason) = status.passthrough.reason.filter(|_| wanted) {
+                log::warn!("no disk is left to the kernel: {reason}");
+            }
         }
         Ok(None) => log::info!("unmounted again"),
         Err(error) => log::warn!("{error}"),

@@ -64,6 +64,7 @@ fn show(session: &mut Session, status: &Status) -> Result<()> {
         ("since", status.started.to_string()),
         ("options", status.options.clone()),
         ("transport", format!("{}, {}", status.transport, status.transport_reason)),
+        ("passthrough", passthrough(status)),
         ("host's file system", left),
         ("instances", status.instances.to_string()),
         ("open files", status.open_files.to_string()),
@@ -73,7 +74,15 @@ fn show(session: &mut Session, status: &Status) -> Result<()> {
     }
     let rows: Vec<Vec<String>> = status.disks.iter().map(row).collect();
     session.output.line("")?;
-    session.output.table(&["DISK", "STATE", "SIZE", "HANDLES", "UNCOMMITTED", "REASON"], &[2, 3, 4], &rows)
+    let titles = ["DISK", "STATE", "SIZE", "HANDLES", "UNCOMMITTED", "SERVED BY", "REASON"];
+    session.output.table(&titles, &[2, 3, 4], &rows)
+}
+
+fn passthrough(status: &Status) -> String {
+    match &status.passthrough.reason {
+        None => "on: the kernel serves disks that are one file of the host".to_owned(),
+        Some(reason) => format!("off: {reason}"),
+    }
 }
 
 fn keeper(status: &Status) -> String {
@@ -95,6 +104,7 @@ fn row(disk: &DiskStatus) -> Vec<String> {
         HumanBytes(disk.size).to_string(),
         disk.handles.to_string(),
         disk.uncommitted_runs.to_string(),
-        disk.reason.clone().unwrap_or_default(),
+        disk.served_by.clone(),
+        disk.reason.as_ref().or(disk.not_kernel.as_ref()).cloned().unwrap_or_default(),
     ]
 }

@@ -23,6 +23,7 @@ use super::link::{ErrorWord, Handover, PROTOCOL, ToKeeper, ToWorker};
 use super::mounted::Mounted;
 use super::mounts;
 use super::options::MountOptions;
+use super::passthrough::{Offer, Passed};
 use super::program::Program;
 use super::serve::{raise_descriptor_limit, take};
 use super::signals::SignalWatch;
@@ -56,9 +57,13 @@ pub(super) fn keep(
     // Taken away again, when this is dropped, if nobody serves it.
     let (mounted, device) =
         identity::with_capabilities(|| Mounted::new(&source, &mountpoint, options, &unmounter))?;
+    let may_pass = identity::may_mount();
     // Before the first thread: what is given up is given up by each thread for itself, and by the workers.
     confine(Role::Keeper { mountpoint: &mountpoint });
-    let connection = Connection::begin(device, options.threads(Transport::DevFuse))?;
+    let threads = options.threads(Transport::DevFuse);
+    let connection = Connection::begin(device, threads, options.passthrough && may_pass)?;
+    let passthrough = Offer::new(options.passthrough, may_pass, &connection);
+    passthrough.tell(options.passthrough);
     let ledger = Ledger::create()?;
     ledger.set_agreed(&connection.agreed())?;
     let (events, inbox) = channel();
@@ -82,6 +87,7 @@ pub(super) fn keep(
             upgrades: 0,
             last_end: None,
         },
+        passthrough,
     };
     if !connection.can_resend() {
         log::warn!(
@@ -95,6 +101,7 @@ pub(super) fn keep(
         events,
         inbox,
         unmounter: &unmounter,
+        passed: Passed::new(store),
         leave: None,
         worker: None,
         upgrade: None,
@@ -133,6 +140,7 @@ struct Keeper<'a> {
     events: Sender<Event>,
     inbox: Receiver<Event>,
     unmounter: &'a Unmounter,
+    passed: Passed,
     /// The last signal that asks the daemon to end, and when it came. Each worker is told of it as long as one would heed it.
     leave: Option<(&'static str, Instant)>,
     worker: Option<Worker>,
@@ -251,6 +259,10 @@ impl Keeper<'_> {
             ToKeeper::Unmount => {
                 let failure = self.unmounter.unmount().err();
                 worker.tell(&ToWorker::Unmounted(failure.as_ref().map(ErrorWord::from)));
+            }
+            ToKeeper::Passthrough(question) => {
+                let answer = self.passed.answer(question, &descriptors, &self.estate.connection);
+                worker.tell(&ToWorker::Passthrough(answer));
             }
             ToKeeper::Ended(errors) => worker.farewell = Some(errors),
             ToKeeper::Upgrade => {

@@ -14,13 +14,14 @@ use rustix::net::{
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
+use super::passthrough::{Answer, Offer, Question};
 use super::status::KeeperStatus;
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::store::Timestamp;
 
 /// The version of all that is in this file, but for the form of [`ToKeeper::Hello`], which never changes: by it processes of
 /// different versions find out about each other.
-pub(super) const PROTOCOL: u32 = 2;
+pub(super) const PROTOCOL: u32 = 3;
 
 /// Longest message, in bytes.
 const BYTES_MAX: usize = 64 << 10;
@@ -44,6 +45,8 @@ pub(super) struct Handover {
     /// Whether that is to be answered with EIO, as one after the other has died while it was under way.
     pub(super) refuse: bool,
     pub(super) keeper: KeeperStatus,
+    /// Whether disks can be left to the kernel.
+    pub(super) passthrough: Offer,
 }
 
 /// What a worker is told later.
@@ -56,6 +59,8 @@ pub(super) enum ToWorker {
     Unmounted(Option<ErrorWord>),
     /// Another process stands by: answer what was read, say so and end.
     HandOver,
+    /// About a disk that is left to the kernel.
+    Passthrough(Answer),
 }
 
 /// What a keeper is told.
@@ -77,6 +82,8 @@ pub(super) enum ToKeeper {
     Failed(ErrorWord),
     /// Take the mount away, if nobody uses it, and say whether.
     Unmount,
+    /// About a disk that is left to the kernel. A worker that was not offered this asks nothing.
+    Passthrough(Question),
     /// The mount is gone and every disk is closed; what went wrong.
     Ended(Vec<ErrorWord>),
     /// Have the program that is now where this one came from take over. With it comes the socket of whoever asks.

@@ -102,6 +102,9 @@ fn disks(page: &mut Page, fs: &Fs) {
     page.value(name, "state=\"changing\"", count(|state| *state == DiskState::Changing));
     page.value(name, "state=\"latched\"", count(|state| *state == DiskState::Latched));
     page.value(name, "state=\"refused\"", count(|state| matches!(state, DiskState::Refused(_))));
+    let by_kernel = disks.iter().filter(|disk| disk.served_by.backing().is_some()).count() as u64;
+    let help = "Disks that are open, and whose reads and writes the kernel serves.";
+    page.single("cowdisk_disks_served_by_kernel", "gauge", help, by_kernel);
     let runs = disks.iter().map(|disk| disk.uncommitted_runs as u64).sum();
     page.single("cowdisk_uncommitted_runs", "gauge", "Runs of blocks changed since the last commits.", runs);
     let name = "cowdisk_commits_total";

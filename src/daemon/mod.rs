@@ -23,6 +23,7 @@ mod mounted;
 mod mountpoint;
 mod mounts;
 mod options;
+mod passthrough;
 mod program;
 mod readiness;
 mod seccomp;
@@ -43,7 +44,7 @@ pub use identity::{Keep, as_owner, as_owner_of, become_owner, may_mount};
 pub use mounts::{MountEntry, mounts};
 pub use options::{FLUSH_SECONDS, FLUSH_SECONDS_MAX, MountOptions, THREADS_MAX};
 pub use readiness::{LOG_VARIABLE, SpawnRequest};
-pub use status::{DiskStatus, HostStatus, KeeperStatus, Status};
+pub use status::{DiskStatus, HostStatus, KeeperStatus, PassthroughStatus, Status};
 pub use unmount::unmount;
 pub use upgrade::Upgraded;
 

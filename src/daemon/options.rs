@@ -36,6 +36,8 @@ pub struct MountOptions {
     pub flush_seconds: u32,
     /// Whether a disk whose live map is gone goes back to its last completed flush; without it such a disk is refused.
     pub accept_loss: bool,
+    /// Whether the kernel serves by itself, where it can, disks that are one file of the host.
+    pub passthrough: bool,
     /// How much of the host's filesystem stays free, and when it is nearly full.
     pub space: SpacePolicy,
     /// Where a daemon in the background writes its messages; a file in the run directory if `None`.
@@ -51,6 +53,7 @@ impl Default for MountOptions {
             allow_other: None,
             flush_seconds: FLUSH_SECONDS,
             accept_loss: false,
+            passthrough: false,
             space: SpacePolicy::default(),
             log: None,
         }
@@ -73,10 +76,10 @@ impl MountOptions {
     /// holds.
     ///
     /// Ours: `ro`, `rw`, `transport=NAME` (one of [`Transport::ALL`]), `threads=N`, `allow_other`, `noallow_other`, `flush=SECONDS`,
-    /// `accept_loss`, `reserve=SIZE`, `high_water=PERCENT`, `log=FILE`. Those that only concern mount(8), systemd or the
-    /// caches of other filesystems are accepted and do nothing: `defaults`, `auto`, `noauto`, `nofail`, `user`, `users`,
-    /// `owner`, `group` and their `no…`, `_netdev`, `x-…`, `comment=…`, `async`, `atime`, `noatime`, `relatime`,
-    /// `nodiratime`. So are those that always hold: `nosuid`, `nodev`, `noexec`, `default_permissions`.
+    /// `accept_loss`, `passthrough=auto`, `passthrough=off`, `reserve=SIZE`, `high_water=PERCENT`, `log=FILE`. Those that only
+    /// concern mount(8), systemd or the caches of other filesystems are accepted and do nothing: `defaults`, `auto`, `noauto`,
+    /// `nofail`, `user`, `users`, `owner`, `group` and their `no…`, `_netdev`, `x-…`, `comment=…`, `async`, `atime`, `noatime`,
+    /// `relatime`, `nodiratime`. So are those that always hold: `nosuid`, `nodev`, `noexec`, `default_permissions`.
     ///
     /// # Errors
     /// [`ErrorKind::Invalid`], naming the option: one that is not known, a value out of range, and `suid`, `dev` and
@@ -88,7 +91,7 @@ impl MountOptions {
                 return Err(Error::new(ErrorKind::Invalid, format!("mount option {option:?}: not known"))
                     .with_hint(
                         "known: ro, rw, transport=NAME, threads=N, allow_other, noallow_other, flush=SECONDS, accept_loss, \
-                         reserve=SIZE, high_water=PERCENT, log=FILE",
+                         passthrough=auto|off, reserve=SIZE, high_water=PERCENT, log=FILE",
                     ));
             }
         }
@@ -124,6 +127,12 @@ impl MountOptions {
             ("allow_other", None) => self.allow_other = Some(true),
             ("noallow_other", None) => self.allow_other = Some(false),
             ("accept_loss", None) => self.accept_loss = true,
+            ("passthrough", Some("auto")) => self.passthrough = true,
+            ("passthrough", Some("off")) => self.passthrough = false,
+            ("passthrough", _) => {
+                let message = format!("mount option {option:?}: must be auto or off");
+                return Err(Error::new(ErrorKind::Invalid, message));
+            }
             ("reserve", Some(value)) => {
                 let size = parse_size(value).context(|| format!("mount option {option:?}"))?;
                 self.space.reserve = Some(size);
@@ -197,6 +206,9 @@ impl fmt::Display for MountOptions {
         if self.accept_loss {
             f.write_str(",accept_loss")?;
         }
+        if self.passthrough {
+            f.write_str(",passthrough=auto")?;
+        }
         if let Some(reserve) = self.space.reserve {
             write!(f, ",reserve={reserve}")?;
         }
@@ -217,13 +229,18 @@ mod tests {
     #[test]
     fn own_options_are_read() {
         let options = MountOptions::parse(
-            "ro,transport=fuser,threads=3,noallow_other,flush=0,accept_loss,reserve=2G,high_water=80,log=/var/log/cowdisk.log",
+            "ro,transport=fuser,threads=3,noallow_other,flush=0,accept_loss,passthrough=auto,reserve=2G,high_water=80,\
+             log=/var/log/cowdisk.log",
         )
         .unwrap();
         assert!(options.read_only);
         assert_eq!((options.transport, options.threads), (Some(Transport::Fuser), Some(3)));
         assert_eq!(options.allow_other, Some(false));
         assert_eq!(options.flush_seconds, 0);
+        assert!(
+            options.passthrough
+                && !MountOptions::parse("passthrough=auto,passthrough=off").unwrap().passthrough
+        );
         assert!(options.accept_loss && !MountOptions::default().accept_loss);
         assert_eq!(options.space, SpacePolicy { reserve: Some(2 << 30), high_water_percent: 80 });
         assert_eq!(options.log, Some(PathBuf::from("/var/log/cowdisk.log")));
@@ -263,6 +280,8 @@ mod tests {
             "reserve=-1",
             "reserve=10%",
             "reserve=99999999999T",
+            "passthrough",
+            "passthrough=on",
             "high_water=0",
             "high_water=101",
             "log=relative",
@@ -288,7 +307,7 @@ mod tests {
         for text in [
             "ro,transport=fuser,threads=7,allow_other,flush=9,log=/x",
             "transport=io_uring",
-            "noallow_other",
+            "noallow_other,passthrough=auto",
             "reserve=0,high_water=1",
             "reserve=3M,high_water=100",
             "",

@@ -7,9 +7,10 @@ use std::sync::Arc;
 use serde::{Deserialize, Serialize};
 
 use super::options::MountOptions;
+use super::passthrough::Offer;
 use super::worker::KeeperLink;
 use crate::error::{Error, ErrorKind, Result};
-use crate::fs::{DiskState, Fs};
+use crate::fs::{DiskState, Fs, ServedBy};
 use crate::store::{SpaceNow, Timestamp};
 use crate::transport::Choice;
 
@@ -35,6 +36,9 @@ pub struct Status {
     /// Why that one; empty from a daemon that does not tell.
     #[serde(default)]
     pub transport_reason: String,
+    /// Whether the kernel serves by itself disks that are one file of the host.
+    #[serde(default)]
+    pub passthrough: PassthroughStatus,
     /// The host's filesystem.
     pub host: HostStatus,
     /// Instances of the store.
@@ -43,6 +47,22 @@ pub struct Status {
     pub open_files: usize,
     /// Disks in use and disks that could not be opened. All others are idle.
     pub disks: Vec<DiskStatus>,
+}
+
+/// Whether the kernel serves disks by itself.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PassthroughStatus {
+    /// It does, where it can.
+    pub on: bool,
+    /// Why not, if it does not.
+    pub reason: Option<String>,
+}
+
+impl Default for PassthroughStatus {
+    /// What holds for a daemon that does not tell.
+    fn default() -> Self {
+        Self { on: false, reason: Some("the daemon does not know of it".to_owned()) }
+    }
 }
 
 /// The process that keeps a mount.
@@ -98,6 +118,12 @@ pub struct DiskStatus {
     pub size: u64,
     /// Runs of blocks that changed since the last commit of its map.
     pub uncommitted_runs: usize,
+    /// Who serves its reads and writes: `kernel` or `daemon`; empty from a daemon that does not tell.
+    #[serde(default)]
+    pub served_by: String,
+    /// Why not the kernel, where it serves disks at all.
+    #[serde(default)]
+    pub not_kernel: Option<String>,
 }
 
 impl From<&SpaceNow> for HostStatus {
@@ -124,6 +150,7 @@ pub(super) struct Identity {
     options: String,
     transport: Choice,
     keeper: Option<(KeeperStatus, Arc<KeeperLink>)>,
+    passthrough: Offer,
 }
 
 impl Identity {
@@ -137,7 +164,13 @@ impl Identity {
         keeper: Option<(KeeperStatus, Arc<KeeperLink>)>,
     ) -> Self {
         let (store, mountpoint) = (store.to_owned(), mountpoint.to_owned());
-        Self { store, mountpoint, started, options: options.to_string(), transport, keeper }
+        let passthrough = Offer::Off(format!("the transport {} cannot", transport.transport));
+        Self { store, mountpoint, started, options: options.to_string(), transport, keeper, passthrough }
+    }
+
+    /// The same of a process that has the kernel serve disks, or not.
+    pub(super) fn passing(self, passthrough: Offer) -> Self {
+        Self { passthrough, ..self }
     }
 
     /// What reads the kernel's requests, and why.
@@ -179,6 +212,10 @@ impl Identity {
                 DiskState::Latched => ("latched", None),
                 DiskState::Refused(reason) => ("refused", Some(reason)),
             };
+            let (served_by, not_kernel) = match disk.served_by {
+                ServedBy::Kernel(_) => ("kernel", None),
+                ServedBy::Daemon(why_not) => ("daemon", why_not),
+            };
             DiskStatus {
                 name: disk.name,
                 state: state.to_owned(),
@@ -186,6 +223,8 @@ impl Identity {
                 handles: disk.handles,
                 size: disk.size,
                 uncommitted_runs: disk.uncommitted_runs,
+                served_by: served_by.to_owned(),
+                not_kernel,
             }
         });
         Ok(Status {
@@ -198,6 +237,10 @@ impl Identity {
             options: self.options.clone(),
             transport: self.transport.transport.to_string(),
             transport_reason: self.transport.reason.to_string(),
+            passthrough: PassthroughStatus {
+                on: self.passthrough == Offer::On,
+                reason: self.passthrough.why_not().map(str::to_owned),
+            },
             host: HostStatus::from(&fs.look_at_space()?),
             instances: fs.count_instances()?,
             open_files: fs.open_files(),

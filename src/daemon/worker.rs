@@ -24,6 +24,7 @@ use super::farewell::Farewell;
 use super::link::{ErrorWord, Handover, Link, PROTOCOL, ToKeeper, ToWorker};
 use super::mounts;
 use super::options::MountOptions;
+use super::passthrough::{Answer, ByKeeper, Offer, Question};
 use super::serve::{await_end, close, watch_signals};
 use super::status::Identity;
 use super::unmounter::Unmounter;
@@ -52,6 +53,8 @@ pub(super) struct KeeperLink {
     link: Link,
     /// Answers to requests for unmounting. Guards that one request and its answer.
     answers: Mutex<Receiver<Option<ErrorWord>>>,
+    /// Answers to questions about disks that are left to the kernel. Guards that one question and its answer.
+    passed: Mutex<Receiver<Answer>>,
     is_gone: AtomicBool,
 }
 
@@ -84,6 +87,18 @@ impl KeeperLink {
             Error::new(ErrorKind::Unsupported, "the keeper of the mount has died, and only it could upgrade")
                 .with_hint("unmount, and mount again")
         })
+    }
+
+    /// Asks it about a disk that is left, or is to be left, to the kernel.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Unsupported`] if it has died.
+    pub(super) fn ask(&self, question: Question, file: Option<BorrowedFd<'_>>) -> Result<Answer> {
+        let gone = || Error::new(ErrorKind::Unsupported, "the keeper of the mount has died");
+        let passed = self.passed.lock();
+        let file: Vec<_> = file.into_iter().collect();
+        self.link.tell(&ToKeeper::Passthrough(question), &file).map_err(|_| gone())?;
+        passed.recv().map_err(|_| gone())
     }
 
     /// Whether it has died.
@@ -178,12 +193,16 @@ impl<'a> Worker<'a> {
         let mountpoint = PathBuf::from(&handover.mountpoint);
         let (events, inbox) = channel();
         let signals = watch_signals(&events)?;
-        let background = Background::start(Arc::clone(&fs), options.flush_seconds)?;
-        let (answered, answers) = channel();
-        let keeper =
-            Arc::new(KeeperLink { link, answers: Mutex::new(answers), is_gone: AtomicBool::new(false) });
+        let ((unmounted, answers), (told, passed)) = (channel(), channel());
+        let (answers, passed) = (Mutex::new(answers), Mutex::new(passed));
+        let keeper = Arc::new(KeeperLink { link, answers, passed, is_gone: AtomicBool::new(false) });
         let heir = Heir { lock, mountpoint: mountpoint.clone(), options: options.clone() };
-        listen(&keeper, events.clone(), answered, heir)?;
+        listen(&keeper, Listeners { events: events.clone(), unmounted, told }, heir)?;
+        if handover.passthrough == Offer::On {
+            fs.pass_through(Arc::new(ByKeeper(Arc::clone(&keeper))));
+        }
+        // Opens what others had open, for which the keeper may be asked.
+        let background = Background::start(Arc::clone(&fs), options.flush_seconds)?;
         let threads = options.threads(Transport::DevFuse);
         let _ = keeper.link.tell(&ToKeeper::Reading, &[]);
         let unanswered = match (handover.resend, handover.refuse) {
@@ -196,7 +215,8 @@ impl<'a> Worker<'a> {
         // Nobody's disk depends on it.
         let known = Some((handover.keeper.clone(), Arc::clone(&keeper)));
         let choice = Choice::of(options.transport)?;
-        let identity = Identity::new(&source, &mountpoint, options, handover.started, choice, known);
+        let identity = Identity::new(&source, &mountpoint, options, handover.started, choice, known)
+            .passing(handover.passthrough);
         let control = Control::start(&run_dir, identity, Arc::clone(&fs))
             .inspect_err(|error| log::warn!("serving without a control socket: {error}"));
         log::info!("serving {} on {} by the transport {choice}", source.display(), mountpoint.display());
@@ -279,27 +299,30 @@ impl Heir {
     }
 }
 
-/// Hears what the keeper says, in a thread of its own.
-fn listen(
-    keeper: &Arc<KeeperLink>,
+/// Who is told what the keeper says.
+struct Listeners {
     events: Sender<Event>,
-    answered: Sender<Option<ErrorWord>>,
-    mut heir: Heir,
-) -> Result<()> {
+    unmounted: Sender<Option<ErrorWord>>,
+    told: Sender<Answer>,
+}
+
+/// Hears what the keeper says, in a thread of its own.
+fn listen(keeper: &Arc<KeeperLink>, listeners: Listeners, mut heir: Heir) -> Result<()> {
     let keeper = Arc::clone(keeper);
     let hear = move || {
         loop {
             // Nobody listens only when this process has ended anyway.
             match keeper.link.hear() {
-                Ok(Some((ToWorker::Leave(signal), _))) => drop(events.send(Event::Signal(signal))),
-                Ok(Some((ToWorker::Unmounted(failure), _))) => drop(answered.send(failure)),
-                Ok(Some((ToWorker::HandOver, _))) => drop(events.send(Event::HandOver)),
+                Ok(Some((ToWorker::Leave(signal), _))) => drop(listeners.events.send(Event::Signal(signal))),
+                Ok(Some((ToWorker::Unmounted(failure), _))) => drop(listeners.unmounted.send(failure)),
+                Ok(Some((ToWorker::HandOver, _))) => drop(listeners.events.send(Event::HandOver)),
+                Ok(Some((ToWorker::Passthrough(answer), _))) => drop(listeners.told.send(answer)),
                 Ok(None) => break,
                 Err(error) => log::warn!("{error}"),
             }
         }
         keeper.is_gone.store(true, Ordering::Release);
-        drop(answered);
+        drop(listeners);
         heir.take_over();
         // It keeps the lock for as long as the process lives.
         loop {

@@ -243,6 +243,8 @@ mod tests {
             handles: 1,
             size: 512,
             uncommitted_runs: 0,
+            served_by: "daemon".to_owned(),
+            not_kernel: None,
         };
         assert_eq!(disks(&[disk("open"), disk("changing")]).verdict, Verdict::Ok);
         let line = disks(&[disk("open"), disk("latched"), disk("refused")]);

@@ -21,6 +21,7 @@ mod ledger;
 mod metadata;
 mod open_disks;
 mod open_file;
+mod passthrough;
 mod placed;
 mod tree;
 
@@ -35,8 +36,9 @@ pub use counters::{Ending, Operation, RequestCounts};
 pub use errno::{Errno, Failure, Outcome};
 pub use handles::HandleId;
 pub use ledger::{AGREED_BYTES, Ledger};
-pub use open_disks::{DiskFigures, DiskState};
+pub use open_disks::{DiskFigures, DiskKey, DiskState};
 pub use open_file::OpenMode;
+pub use passthrough::{BackingId, Passthrough, ServedBy};
 pub use placed::Placed;
 pub use tree::Entry;
 
@@ -90,6 +92,15 @@ pub struct Fs {
     numbers: Mutex<Numbers>,
     /// Guards the records of owners, modes and extended attributes from reading one to writing it back.
     records: Mutex<()>,
+}
+
+/// A file that was opened.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Opened {
+    /// Its number.
+    pub handle: HandleId,
+    /// What the kernel takes reads and writes of it to, if not to us.
+    pub backing: Option<BackingId>,
 }
 
 /// Which request of the kernel something is done for.
@@ -183,15 +194,31 @@ impl Fs {
     /// # Errors
     /// [`Errno::READ_ONLY`] for writing to an image, a kernel or a ramdisk; [`Errno::NOT_PERMITTED`] for cutting a disk
     /// off; those of opening a disk.
-    pub fn open(&self, ino: u64, mode: OpenMode, request: RequestId) -> Outcome<HandleId> {
+    pub fn open(&self, ino: u64, mode: OpenMode, request: RequestId) -> Outcome<Opened> {
         if let Some(handle) = self.opened_before(request) {
-            return Ok(handle);
+            return Ok(self.opened(handle));
         }
         self.counted(Operation::Open, 0, || {
             let node = self.node(ino)?;
             let file = OpenFile::open(&self.tree, &self.disks, &node, mode, self.is_kept(ino))?;
-            self.insert(file, Kept { ino, write: mode.write, directory: false }, request)
+            let handle = self.insert(file, Kept { ino, write: mode.write, directory: false }, request)?;
+            Ok(self.opened(handle))
         })
+    }
+
+    /// What to tell of a file that was opened, now or by an earlier process.
+    fn opened(&self, handle: HandleId) -> Opened {
+        let backing = match self.file(handle).as_deref() {
+            Ok(OpenFile::Disk(disk)) => self.disks.served_by(disk).backing(),
+            // Of what cannot be opened again each request is told why.
+            Ok(_) | Err(_) => None,
+        };
+        Opened { handle, backing }
+    }
+
+    /// Has disks left to the kernel by `passthrough` from now on. To be called once, before any is opened.
+    pub fn pass_through(&self, passthrough: Arc<dyn Passthrough>) {
+        self.disks.pass_through(passthrough);
     }
 
     /// What an earlier process has opened for this very request.

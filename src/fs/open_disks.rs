@@ -4,11 +4,12 @@
 //! disk that is being opened or closed waits for it.
 
 use std::collections::{BTreeMap, HashMap};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering, fence};
+use std::sync::{Arc, OnceLock};
 
 use parking_lot::{Condvar, Mutex};
 
+use super::passthrough::{Passthrough, ServedBy};
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::format::LayerId;
 use crate::overlay::CommitCounts;
@@ -41,6 +42,8 @@ pub struct OpenDisk {
     /// the change durable. A change sees that it is clear, or the flush that clears it covers the change: each side
     /// has a fence between the flag and the disk.
     dirty: AtomicBool,
+    /// Decided with the first open file.
+    served_by: OnceLock<ServedBy>,
 }
 
 impl OpenDisk {
@@ -76,7 +79,8 @@ impl OpenDisk {
     }
 
     fn flush_if_dirty(&self) -> Result<()> {
-        if self.dirty.load(Ordering::Relaxed) { self.flush() } else { Ok(()) }
+        let written = self.dirty.load(Ordering::Relaxed) || self.disk.was_changed_by_others();
+        if written { self.flush() } else { Ok(()) }
     }
 
     fn checkpoint_if_due(&self) -> Result<()> {
@@ -90,7 +94,7 @@ enum State {
     Opening,
     Open {
         disk: Arc<OpenDisk>,
-        /// Handles that share it, at least 1.
+        /// Handles that share it: at least 1, unless the kernel cannot be told to let go of its file.
         handles: usize,
     },
     /// The last handle is gone; some thread closes it.
@@ -109,6 +113,8 @@ pub struct OpenDisks {
     closed: Mutex<CommitCounts>,
     /// Guards why disks could not be opened when somebody last tried; held for an instant.
     refused: Mutex<BTreeMap<String, String>>,
+    /// How disks are left to the kernel, if they are.
+    passthrough: OnceLock<Arc<dyn Passthrough>>,
 }
 
 /// Most disks of which is kept why they could not be opened.
@@ -127,6 +133,8 @@ pub struct DiskFigures {
     pub size: u64,
     /// Runs of blocks that changed since the last commit.
     pub uncommitted_runs: usize,
+    /// By whom its reads and writes are served.
+    pub served_by: ServedBy,
 }
 
 /// What becomes of a disk.
@@ -154,6 +162,14 @@ impl InChange<'_> {
         let open = State::Open { disk: Arc::clone(disk), handles: 1 };
         self.disks.states.lock().insert(self.key.clone(), open);
     }
+
+    /// The disk is made durable, and waits for its next handle: nobody else could open it, for its lock is held.
+    fn stay_open(self, disk: OpenDisk) -> Result<()> {
+        let flushed = disk.flush().context(|| format!("flush {}", self.key));
+        let open = State::Open { disk: Arc::new(disk), handles: 0 };
+        self.disks.states.lock().insert(self.key.clone(), open);
+        flushed
+    }
 }
 
 impl Drop for InChange<'_> {
@@ -168,16 +184,58 @@ impl Drop for InChange<'_> {
 }
 
 impl OpenDisks {
+    /// Has disks left to the kernel from now on. To be called once, before any is opened.
+    pub fn pass_through(&self, passthrough: Arc<dyn Passthrough>) {
+        // A second one would not know what the first has done.
+        let _ = self.passthrough.set(passthrough);
+    }
+
+    /// By whom a disk is served that a file has been opened of. Whoever may have to close it in our place already knows of
+    /// that file, so no disk is left to the kernel that nobody will take back.
+    pub fn served_by<'a>(&self, open: &'a OpenDisk) -> &'a ServedBy {
+        open.served_by.get_or_init(|| {
+            let Some(passthrough) = self.passthrough.get() else { return ServedBy::Daemon(None) };
+            match open.disk.whole_file().and_then(|file| passthrough.pass(&open.key, file)) {
+                Ok(backing) => {
+                    open.disk.share();
+                    ServedBy::Kernel(backing)
+                }
+                Err(error) => {
+                    log::info!("{}: not left to the kernel: {error}", open.key);
+                    ServedBy::Daemon(Some(error.to_string()))
+                }
+            }
+        })
+    }
+
+    /// By whom an earlier process had a disk served.
+    fn served_before(&self, key: &DiskKey) -> Result<ServedBy> {
+        let Some(passthrough) = self.passthrough.get() else { return Ok(ServedBy::Daemon(None)) };
+        let passed = passthrough.passed(key)?;
+        let by_us = || ServedBy::Daemon(Some("it was opened by a process before this one".to_owned()));
+        Ok(passed.map_or_else(by_us, ServedBy::Kernel))
+    }
+
+    /// Nobody has the disk open any more, and it could not be opened to be closed.
+    pub fn give_up(&self, key: &DiskKey) {
+        if let Some(passthrough) = self.passthrough.get()
+            && let Err(error) = passthrough.end(key)
+        {
+            log::warn!("{key}: the kernel keeps its file until the end of the mount: {error}");
+        }
+    }
+
     /// The disk of `key` for one more handle; opens it with `open` if it is not open. Waits while another thread opens
-    /// or closes it. `dirty` says whether it may hold, when it is opened, what is not flushed.
+    /// or closes it. `is_kept` says that an earlier process had it open: it may hold what is not flushed, and `open` is told
+    /// whether the kernel serves it.
     ///
     /// # Errors
-    /// Those of `open`.
+    /// Those of `open`, and if by whom it was served cannot be found out.
     pub fn acquire(
         &self,
         key: &DiskKey,
-        dirty: bool,
-        open: impl FnOnce() -> Result<Disk>,
+        is_kept: bool,
+        open: impl FnOnce(bool) -> Result<Disk>,
     ) -> Result<Arc<OpenDisk>> {
         let mut states = self.states.lock();
         loop {
@@ -193,9 +251,13 @@ impl OpenDisks {
         states.insert(key.clone(), State::Opening);
         drop(states);
         let in_change = InChange { disks: self, key: key.clone() };
-        let opened = open().inspect_err(|error| self.note_refused(key, error))?;
+        let served_by = if is_kept { Some(self.served_before(key)?) } else { None };
+        let by_kernel = served_by.as_ref().is_some_and(|served_by| served_by.backing().is_some());
+        let opened = open(by_kernel).inspect_err(|error| self.note_refused(key, error))?;
         self.refused.lock().remove(&key.to_string());
-        let disk = Arc::new(OpenDisk { key: key.clone(), disk: opened, dirty: AtomicBool::new(dirty) });
+        let served_by = served_by.map_or_else(OnceLock::new, OnceLock::from);
+        let dirty = AtomicBool::new(is_kept);
+        let disk = Arc::new(OpenDisk { key: key.clone(), disk: opened, dirty, served_by });
         in_change.end_open(&disk);
         Ok(disk)
     }
@@ -239,7 +301,13 @@ impl OpenDisks {
     /// Lets go of a disk: whoever is the last to do so closes it.
     pub(super) fn put(&self, disk: Arc<OpenDisk>) -> Result<()> {
         let Some(last) = Arc::into_inner(disk) else { return Ok(()) };
-        let closing = InChange { disks: self, key: last.key };
+        let closing = InChange { disks: self, key: last.key.clone() };
+        if let (Some(ServedBy::Kernel(_)), Some(passthrough)) = (last.served_by.get(), self.passthrough.get())
+            && let Err(error) = passthrough.end(&last.key)
+        {
+            log::warn!("{}: stays open, for the kernel keeps its file: {error}", last.key);
+            return closing.stay_open(last);
+        }
         self.closed.lock().add(last.disk.commit_counts());
         last.disk.close().context(|| format!("close {}", closing.key))
     }
@@ -282,6 +350,7 @@ impl OpenDisks {
             handles: 0,
             size: 0,
             uncommitted_runs: 0,
+            served_by: ServedBy::Daemon(None),
         });
         let mut disks: Vec<DiskFigures> = refused.collect();
         for (key, state) in self.states.lock().iter() {
@@ -291,8 +360,12 @@ impl OpenDisks {
                 handles: 0,
                 size: 0,
                 uncommitted_runs: 0,
+                served_by: ServedBy::Daemon(None),
             };
             if let State::Open { disk, handles } = state {
+                if let Some(served_by) = disk.served_by.get() {
+                    figures.served_by = served_by.clone();
+                }
                 let disk = disk.disk();
                 counts.add(disk.commit_counts());
                 figures.state = if disk.is_latched() { DiskState::Latched } else { DiskState::Open };
@@ -338,7 +411,7 @@ mod tests {
     #[test]
     fn a_write_that_ends_after_a_flush_has_begun_is_left_to_the_next_flush() {
         let disks = OpenDisks::default();
-        let open = disks.acquire(&key("web"), false, || Ok(disk())).unwrap();
+        let open = disks.acquire(&key("web"), false, |_| Ok(disk())).unwrap();
         open.change(|disk| disk.write_at(0, b"first")).unwrap();
         open.change(|disk| {
             open.flush().unwrap();
@@ -358,7 +431,7 @@ mod tests {
         let disks = OpenDisks::default();
         let keys = [key("web"), key("db")];
         for key in &keys {
-            disks.acquire(key, false, || Ok(disk())).unwrap();
+            disks.acquire(key, false, |_| Ok(disk())).unwrap();
         }
         let turns = std::cell::RefCell::new(Vec::new());
         let errors = disks.for_each(|open| {
@@ -366,7 +439,7 @@ mod tests {
                 let other = keys.iter().find(|key| **key != open.key).unwrap();
                 disks.release(disks.open_now(other).unwrap()).unwrap();
                 let opened_anew = std::cell::Cell::new(false);
-                let again = || {
+                let again = |_| {
                     opened_anew.set(true);
                     Ok(disk())
                 };
@@ -385,9 +458,9 @@ mod tests {
     fn a_panic_while_a_disk_is_opened_leaves_it_to_the_next_who_wants_it() {
         let disks = OpenDisks::default();
         let key = key("web");
-        let panicking = || disks.acquire(&key, false, || panic!("on purpose")).is_ok();
+        let panicking = || disks.acquire(&key, false, |_| panic!("on purpose")).is_ok();
         std::panic::catch_unwind(std::panic::AssertUnwindSafe(panicking)).unwrap_err();
-        let open = disks.acquire(&key, false, || Ok(disk())).unwrap();
+        let open = disks.acquire(&key, false, |_| Ok(disk())).unwrap();
         disks.release(open).unwrap();
         assert!(disks.states.lock().is_empty());
     }

@@ -332,11 +332,11 @@ impl Tree {
     pub fn acquire_disk(&self, node: &Node, disks: &OpenDisks, kept: bool) -> Outcome<Arc<OpenDisk>> {
         let key = key_of(node)?;
         // A disk that is open cannot be removed, so who finds it open under its id need not look at the store.
-        let open = || match kept {
-            true => self.store.take_up_disk_of(&key.instance, key.id, key.disk),
+        let open = |by_kernel| match kept {
+            true => self.store.take_up_disk_of(&key.instance, key.id, key.disk, by_kernel),
             false => self.store.open_disk_of(&key.instance, key.id, key.disk),
         };
-        let opened = disks.acquire(&key, kept, || open().context(|| format!("open {key}")));
+        let opened = disks.acquire(&key, kept, |by_kernel| open(by_kernel).context(|| format!("open {key}")));
         opened.or_else(|error| {
             // Whatever went wrong, if it is gone that is why.
             self.instance_of(node)?;
@@ -350,6 +350,7 @@ impl Tree {
             && disks.look(&key, |_| ()).is_none()
         {
             self.store.give_up_disk(&key.instance, key.disk);
+            disks.give_up(&key);
         }
     }
 

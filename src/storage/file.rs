@@ -4,7 +4,7 @@ use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::fs::{FileExt, MetadataExt};
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 use rustix::fs::SeekFrom;
 use rustix::io::Errno;
@@ -14,6 +14,9 @@ use super::cached::{CachedReads, Found, is_in_memory, is_on_local_disk};
 use super::host::{Host, RealHost};
 use super::{DirectFile, Storage, Way, ends_early, extents};
 use crate::error::{Context, Error, Result};
+
+/// Bytes of a sector.
+const SECTOR: usize = 512;
 
 /// A regular file (or, for what only reads, a block device) of the host. Its position is never used, so threads may
 /// share it.
@@ -25,6 +28,10 @@ pub struct FileStorage {
     direct: Option<File>,
     /// There if others may put requests to `direct`.
     gate: Option<Box<Gate>>,
+    /// Whether it can be opened with O_DIRECT, though there may be nothing to go past.
+    opens_directly: bool,
+    /// Whether it takes all that a disk takes: looked up when somebody asks.
+    takes_all: OnceLock<bool>,
     cached: CachedReads,
     name: String,
 }
@@ -37,7 +44,16 @@ impl FileStorage {
 
     /// Takes `file`, and changes it through `host`.
     pub fn on(host: Arc<dyn Host>, file: File, name: impl Into<String>) -> Self {
-        Self { host, file, direct: None, gate: None, cached: CachedReads::default(), name: name.into() }
+        Self {
+            host,
+            file,
+            direct: None,
+            gate: None,
+            opens_directly: false,
+            takes_all: OnceLock::new(),
+            cached: CachedReads::default(),
+            name: name.into(),
+        }
     }
 
     /// Has [`Way::Direct`] go by `direct`, which was opened with O_DIRECT. Another file than this one is not taken.
@@ -47,12 +63,14 @@ impl FileStorage {
             (Ok(one), Ok(other)) => (one.dev(), one.ino()) == (other.dev(), other.ino()),
             _ => false,
         };
+        let direct = direct.filter(same);
+        let opens_directly = direct.is_some();
         // A file system in memory takes O_DIRECT and has nothing to go past.
-        let direct = direct.filter(|direct| same(direct) && !is_in_memory(&self.file));
+        let direct = direct.filter(|_| !is_in_memory(&self.file));
         let asynchronous = direct.as_ref().is_some_and(|direct| {
             self.host.may_be_bypassed() && is_on_local_disk(direct) && aio::hold(direct).is_ok()
         });
-        Self { direct, gate: asynchronous.then(Box::default), ..self }
+        Self { direct, gate: asynchronous.then(Box::default), opens_directly, ..self }
     }
 
     /// The file itself, for what only reads: metadata, locks, other ways of reading.
@@ -114,6 +132,17 @@ impl FileStorage {
     }
 }
 
+/// Whether a file that was opened with O_DIRECT can be read by sectors: the second one, into memory that is aligned to no
+/// more than a sector. Where disks have larger ones it cannot.
+fn reads_sectors(direct: &File) -> bool {
+    let mut space = [0; 4 * SECTOR];
+    let to_sector = space.as_ptr().align_offset(SECTOR);
+    let odd = usize::from((space.as_ptr().addr() + to_sector).is_multiple_of(2 * SECTOR));
+    let start = to_sector + odd * SECTOR;
+    let buf = &mut space[start..start + SECTOR];
+    rustix::io::retry_on_intr(|| rustix::io::pread(direct, &mut *buf, SECTOR as u64)).is_ok()
+}
+
 impl AsFd for FileStorage {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.file.as_fd()
@@ -150,6 +179,11 @@ impl Storage for FileStorage {
 
     fn direct_file(&self) -> Option<DirectFile<'_>> {
         Some(DirectFile { file: self.direct.as_ref()?.as_fd(), gate: self.gate.as_deref()? })
+    }
+
+    fn whole_file(&self) -> Option<BorrowedFd<'_>> {
+        let takes_all = || self.opens_directly && self.direct.as_ref().is_none_or(reads_sectors);
+        self.takes_all.get_or_init(takes_all).then(|| self.as_fd())
     }
 
     fn read_by(&self, way: Way, offset: u64, buf: &mut [u8]) -> Result<()> {

@@ -7,6 +7,7 @@
 //!
 //! - The live map, the run directory and the marks in it (`overlay/live_map.rs`, `store/run_dir.rs`, `store/marks.rs`, and
 //!   removal in `store/disk.rs`) are in memory, and gone after a crash of the host; so is the ledger (`fs/ledger.rs`).
+//! - Whether a file is open for writing (`store/sharing.rs`) changes nothing.
 //! - A lock file (made in `store/dir.rs`, filled in `store/lock.rs`) matters only while the process lives that holds it.
 //! - Programs that the store runs (`store/tool.rs`: `qemu-img`, `mkfs`) write into a draft. What they wrote counts for
 //!   nothing until the store has synced it, through this seam.

@@ -5,6 +5,7 @@
 //! failed one ("Can Applications Recover from fsync Failures?", Rebello et al., USENIX ATC 2020). So the first failure
 //! is final until the overlay is opened again.
 
+use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -90,6 +91,10 @@ impl Storage for LatchedStorage {
 
     fn goes_direct(&self) -> bool {
         self.inner.goes_direct()
+    }
+
+    fn whole_file(&self) -> Option<BorrowedFd<'_>> {
+        self.inner.whole_file()
     }
 
     fn read_by(&self, way: Way, offset: u64, buf: &mut [u8]) -> Result<()> {

@@ -82,6 +82,13 @@ pub trait Storage: Send + Sync + Debug {
         None
     }
 
+    /// The file of the host that the array is, if whoever opens that very file can do to it all that a disk allows: read and
+    /// write at any alignment through the host's cache, and with O_DIRECT in sectors of 512 bytes. It is open for reading
+    /// and writing. Asking for the first time may take a read of the host's disk.
+    fn whole_file(&self) -> Option<BorrowedFd<'_>> {
+        None
+    }
+
     /// [`Storage::read_exact_at`] by `way`.
     ///
     /// # Errors

@@ -128,6 +128,21 @@ impl Room {
         if missing < len { self.take(missing) } else { Err(refused) }
     }
 
+    /// Checks that there is room for all that `storage`, of `len` bytes, may still take. Takes none of it, so that nobody else is
+    /// refused room meanwhile.
+    ///
+    /// # Errors
+    /// Those of [`Room::take_for`].
+    pub fn check_for(&self, storage: &dyn Storage, len: u64) -> Result<()> {
+        let space = self.look()?;
+        let left = space.available.saturating_sub(self.reserve_of(space));
+        if len <= left {
+            return Ok(());
+        }
+        let missing = storage.unallocated(0, len)?;
+        if missing <= left { Ok(()) } else { Err(self.refusal(missing, space)) }
+    }
+
     fn try_take(&self, bytes: u64) -> Option<Taken<'_>> {
         // In flight first: a look that comes in between counts it twice, and never not at all.
         self.in_flight.fetch_add(bytes, Ordering::AcqRel);
@@ -214,6 +229,18 @@ mod tests {
         assert!(room.take(0).is_ok());
         free.store(401, Ordering::Relaxed);
         assert!(room.take(101).is_ok());
+    }
+
+    #[test]
+    fn a_check_counts_what_is_missing_and_takes_nothing() {
+        let room = room(&Arc::new(AtomicU64::new(8592)), Some(300));
+        let storage = MemStorage::new();
+        storage.set_len(16_384).unwrap();
+        storage.write_at(0, &[1; 4096]).unwrap();
+        assert_eq!(kind(room.check_for(&storage, 16_384)), Some(ErrorKind::NoSpace));
+        storage.write_at(4096, &[1; 4096]).unwrap();
+        room.check_for(&storage, 16_384).unwrap();
+        assert!(room.take(8192).is_ok());
     }
 
     #[test]

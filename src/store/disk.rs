@@ -1,7 +1,6 @@
 //! Opening the disks of instances, and looking at those that are open elsewhere.
 
 use std::fs::File;
-use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
@@ -31,6 +30,17 @@ pub struct Disk {
     kind: Kind,
     /// Says that the daemon has it open.
     mark: Option<Mark>,
+}
+
+/// What this daemon's mount did with a disk before it is opened.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Before {
+    /// Nothing, or it was closed.
+    Closed,
+    /// An earlier process had it open, and those who use it still have.
+    Open,
+    /// The same, and that process had shared its file with others.
+    Shared,
 }
 
 #[derive(Debug)]
@@ -188,6 +198,14 @@ impl Disk {
         both!(self, disk => disk.next_hole(offset))
     }
 
+    /// The disk, if it is no overlay.
+    pub(super) fn as_plain(&self) -> Option<&PlainDisk> {
+        match &self.kind {
+            Kind::Overlay(_) => None,
+            Kind::Plain(plain) => Some(plain),
+        }
+    }
+
     /// See [`Overlay::checkpoint_due`]; never for a disk that is no overlay.
     pub fn checkpoint_due(&self) -> bool {
         match &self.kind {
@@ -259,7 +277,7 @@ impl Store {
     /// [`ErrorKind::NotFound`] if there is no such disk; [`ErrorKind::Busy`] if it is open already;
     /// [`ErrorKind::Corrupt`] if its map is damaged or its base is not what it was made over.
     pub fn open_disk(&self, instance: &ObjectName, disk: DiskName) -> Result<Disk> {
-        self.open_disk_in(&self.instance_dir(instance)?, instance, disk, false)
+        self.open_disk_in(&self.instance_dir(instance)?, instance, disk, Before::Closed)
     }
 
     /// [`Store::open_disk`] of the very instance `id`, not of a later one under its name.
@@ -267,16 +285,24 @@ impl Store {
     /// # Errors
     /// Those of [`Store::open_disk`]; [`ErrorKind::NotFound`] if another instance has the name now.
     pub fn open_disk_of(&self, instance: &ObjectName, id: LayerId, disk: DiskName) -> Result<Disk> {
-        self.open_disk_in(&self.instance_dir_of(instance, id)?, instance, disk, false)
+        self.open_disk_in(&self.instance_dir_of(instance, id)?, instance, disk, Before::Closed)
     }
 
     /// Opens a disk that an earlier process of this daemon had open, for those who have it open still: with all that was
-    /// answered, whatever [`Store::accepting_loss`] says, or not at all.
+    /// answered, whatever [`Store::accepting_loss`] says, or not at all. `is_shared` says that that process had shared its
+    /// file ([`Disk::share`]) with others that still have it, and may still hold its lock with it.
     ///
     /// # Errors
     /// Those of [`Store::open_disk_of`]; [`ErrorKind::Io`] if a sync of it had failed, or what was answered is not there.
-    pub fn take_up_disk_of(&self, instance: &ObjectName, id: LayerId, disk: DiskName) -> Result<Disk> {
-        self.open_disk_in(&self.instance_dir_of(instance, id)?, instance, disk, true)
+    pub fn take_up_disk_of(
+        &self,
+        instance: &ObjectName,
+        id: LayerId,
+        disk: DiskName,
+        is_shared: bool,
+    ) -> Result<Disk> {
+        let before = if is_shared { Before::Shared } else { Before::Open };
+        self.open_disk_in(&self.instance_dir_of(instance, id)?, instance, disk, before)
     }
 
     fn open_disk_in(
@@ -284,11 +310,12 @@ impl Store {
         folder: &Dir,
         instance: &ObjectName,
         disk: DiskName,
-        is_kept: bool,
+        before: Before,
     ) -> Result<Disk> {
+        let is_kept = before != Before::Closed;
         let is_plain = folder.has(disk_file(disk, DiskPart::Raw))?;
         let part = if is_plain { DiskPart::Raw } else { DiskPart::Map };
-        let file = self.lock_disk(folder, instance, disk, part)?;
+        let file = self.lock_disk(folder, instance, disk, part, before)?;
         let mark = if is_kept { Some(self.kept_mark(instance, disk)?) } else { self.mark(instance, disk)? };
         let opened = if is_plain {
             self.open_plain(folder, instance, disk, file, is_kept)
@@ -296,7 +323,13 @@ impl Store {
             self.open_overlay(folder, instance, disk, file, is_kept)
         };
         match opened {
-            Ok(kind) => Ok(Disk { kind, mark }),
+            Ok(kind) => {
+                let disk = Disk { kind, mark };
+                if before == Before::Shared {
+                    disk.share();
+                }
+                Ok(disk)
+            }
             Err(error) => {
                 // Of a disk that was open already the mark stays: whoever has it open still does.
                 if let Some(mark) = mark.filter(|_| !is_kept) {
@@ -364,7 +397,7 @@ impl Store {
         instance: &ObjectName,
         disk: DiskName,
     ) -> Result<LayerFiles> {
-        let map = self.lock_disk(folder, instance, disk, DiskPart::Map)?;
+        let map = self.lock_disk(folder, instance, disk, DiskPart::Map, Before::Closed)?;
         let data = folder.open_file(disk_file(disk, DiskPart::Data), Access::ReadWrite)?;
         Ok(LayerFiles {
             data: Box::new(folder.storage(data, format!("data of {instance}/{disk}"))),
@@ -373,7 +406,14 @@ impl Store {
     }
 
     /// Opens the file that carries a disk's lock, and takes it. Nothing of who had it before is under way then.
-    fn lock_disk(&self, folder: &Dir, instance: &ObjectName, disk: DiskName, part: DiskPart) -> Result<File> {
+    fn lock_disk(
+        &self,
+        folder: &Dir,
+        instance: &ObjectName,
+        disk: DiskName,
+        part: DiskPart,
+        before: Before,
+    ) -> Result<File> {
         let file = folder.open_file(disk_file(disk, part), Access::ReadWrite).map_err(|error| match error
             .kind()
         {
@@ -384,6 +424,10 @@ impl Store {
         let most = if is_kept { ADOPTION_ATTEMPTS } else { LOCK_ATTEMPTS };
         let mut attempts = 1;
         while !try_lock(&file, Share::Exclusive).context(|| format!("lock {instance}/{disk}"))? {
+            // With whom it was shared the lock is ours until they are told to let go of it.
+            if before == Before::Shared {
+                break;
+            }
             if attempts == most {
                 return Err(self.busy_disk(instance, disk));
             }
@@ -408,20 +452,6 @@ impl Store {
         };
         landed.context(|| format!("wait for writes to {instance}/{disk} of a process that has died"))?;
         Ok(file)
-    }
-
-    /// What to tell whoever wants a disk that somebody else has open.
-    pub(super) fn busy_disk(&self, instance: &ObjectName, disk: DiskName) -> Error {
-        let error = Error::new(ErrorKind::Busy, format!("disk {instance}/{disk}: open elsewhere"));
-        match self.serving() {
-            Ok(Some(server)) => error.with_hint(format!(
-                "process {} serves the store on {}: who uses {} there?",
-                server.pid,
-                server.mountpoint.display(),
-                Path::new("instances").join(instance.as_str()).join(disk.as_str()).display()
-            )),
-            _ => error.with_hint("another cowdisk process has it open"),
-        }
     }
 
     pub(super) fn open_map(

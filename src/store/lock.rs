@@ -22,6 +22,7 @@ use super::Store;
 use super::atomic;
 use super::dir::{Access, Dir};
 use super::layout;
+use super::names::{DiskName, ObjectName};
 use super::record;
 use super::space::SpacePolicy;
 use super::timestamp::Timestamp;
@@ -227,6 +228,22 @@ fn read_server(root: &Dir) -> ServerInfo {
             ServerInfo { pid, mountpoint: mountpoint.into(), started: Some(started), space_policy }
         }
         Err(_) => ServerInfo { pid: 0, mountpoint: PathBuf::new(), started: None, space_policy: None },
+    }
+}
+
+impl Store {
+    /// What to tell whoever wants a disk that somebody else has open.
+    pub(super) fn busy_disk(&self, instance: &ObjectName, disk: DiskName) -> Error {
+        let error = Error::new(ErrorKind::Busy, format!("disk {instance}/{disk}: open elsewhere"));
+        match self.serving() {
+            Ok(Some(server)) => error.with_hint(format!(
+                "process {} serves the store on {}: who uses {} there?",
+                server.pid,
+                server.mountpoint.display(),
+                Path::new("instances").join(instance.as_str()).join(disk.as_str()).display()
+            )),
+            _ => error.with_hint("another cowdisk process has it open"),
+        }
     }
 }
 

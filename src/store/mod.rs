@@ -37,6 +37,7 @@ mod progress;
 mod record;
 mod references;
 mod run_dir;
+mod sharing;
 mod source;
 mod space;
 mod superblock;

@@ -1,17 +1,22 @@
 //! A disk that is one file: an instance made without copy-on-write.
 
+use std::os::fd::BorrowedFd;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::time::{Duration, SystemTime};
 
 use parking_lot::Mutex;
 
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::storage::aio::Transfer;
 use crate::storage::{DirectFile, Latch, LatchedStorage, Room, Storage, Taken, Way};
-use crate::units::check_disk_bytes;
+use crate::units::{SECTOR_BYTES, check_disk_bytes};
 
 /// Bytes that a host filesystem gives to a file at least.
 const HOST_BLOCK_BYTES: u64 = 4096;
+
+/// How much later than a change of a file its time of change may be noted, as hosts' clocks tick.
+const CLOCK_STEP: Duration = Duration::from_secs(1);
 
 /// A raw file, open for service. All methods may be called by several threads, and promise what those of
 /// [`crate::overlay::Overlay`] do.
@@ -20,15 +25,21 @@ pub struct PlainDisk {
     name: String,
     storage: LatchedStorage,
     latch: Latch,
-    /// Bytes now; changed only with `growing` held.
+    /// Bytes now; changed only with `growing` held. Others may write to the file as well while `is_shared` says so, and
+    /// then it is at least this.
     size: AtomicU64,
     growing: Mutex<()>,
     /// Writes take from it, for the file alone knows where it has space already.
     room: Arc<Room>,
+    /// Whether others than we read and write the file.
+    is_shared: AtomicBool,
+    /// When a flush of the shared file last began, and the time of its last change then. Guards both.
+    flushed: Mutex<Option<(SystemTime, (i64, u64))>>,
 }
 
 impl PlainDisk {
-    /// Takes the storage of a disk; `name` is what messages call it.
+    /// Takes the storage of a disk; `name` is what messages call it. A file that does not end with a sector, because others
+    /// wrote past its end, grows to the end of that sector.
     ///
     /// # Errors
     /// [`ErrorKind::Corrupt`] if the file's size cannot be a disk's.
@@ -36,6 +47,11 @@ impl PlainDisk {
         // What a failed sync of an earlier daemon left in the host's cache, and only there, must not be read as written.
         inner.sync()?;
         inner.drop_cache()?;
+        let end = inner.size()?;
+        if !end.is_multiple_of(SECTOR_BYTES) {
+            inner.set_len(end.next_multiple_of(SECTOR_BYTES))?;
+            inner.sync()?;
+        }
         Self::adopt(name, inner)
     }
 
@@ -46,7 +62,7 @@ impl PlainDisk {
     /// Those of [`PlainDisk::open`].
     pub fn adopt(name: &str, inner: Box<dyn Storage>) -> Result<Self> {
         let size = inner.size()?;
-        check_disk_bytes(size)
+        check_disk_bytes(size.next_multiple_of(SECTOR_BYTES))
             .map_err(|error| Error::caused(ErrorKind::Corrupt, format!("open disk {name}"), error))?;
         let latch = Latch::new();
         let storage = LatchedStorage::new(inner, latch.clone());
@@ -57,7 +73,47 @@ impl PlainDisk {
             size: AtomicU64::new(size),
             growing: Mutex::new(()),
             room: Arc::new(Room::unlimited()),
+            is_shared: AtomicBool::new(false),
+            flushed: Mutex::new(None),
         })
+    }
+
+    /// The file, for others to read and write beside us: at any alignment through the host's cache, with O_DIRECT in sectors.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Unsupported`] if the host's file system does not allow that; [`ErrorKind::NoSpace`] if the room does not
+    /// hold all that the file may still take: others do not ask it.
+    pub fn whole_file(&self) -> Result<BorrowedFd<'_>> {
+        self.room.check_for(&self.storage, self.size())?;
+        self.storage.whole_file().ok_or_else(|| {
+            Error::new(ErrorKind::Unsupported, "its file cannot be read directly in sectors of 512 bytes")
+        })
+    }
+
+    /// Notes that others write to the [file](Self::whole_file) from now on: it is asked for its size each time, for it may
+    /// grow, and for what has to be flushed.
+    pub fn share(&self) {
+        self.is_shared.store(true, Ordering::Release);
+    }
+
+    /// Whether others, of whose writes we know nothing, may have written since a flush last began.
+    pub fn was_changed_by_others(&self) -> bool {
+        if !self.is_shared.load(Ordering::Acquire) {
+            return false;
+        }
+        let (Some((begun, then)), Ok(now)) = (*self.flushed.lock(), self.changed()) else { return true };
+        let last = u64::try_from(then.0)
+            .map_or(SystemTime::UNIX_EPOCH, |seconds| SystemTime::UNIX_EPOCH + Duration::from_secs(seconds));
+        // A change in the very moment of the flush may carry the time of one before it.
+        now != then || last + CLOCK_STEP >= begun
+    }
+
+    /// When the file was last changed, in seconds and nanoseconds. No user can set that time.
+    fn changed(&self) -> Result<(i64, u64)> {
+        let file = self.storage.whole_file();
+        let file = file.ok_or_else(|| Error::new(ErrorKind::Unsupported, "not a file of the host"))?;
+        let stat = rustix::fs::fstat(file).context(|| format!("stat disk {}", self.name))?;
+        Ok((stat.st_ctime, stat.st_ctime_nsec))
     }
 
     /// Has writes take from `room`; without that the host's disk alone is the limit.
@@ -68,7 +124,12 @@ impl PlainDisk {
 
     /// Bytes of the disk now.
     pub fn size(&self) -> u64 {
-        self.size.load(Ordering::Acquire)
+        let known = self.size.load(Ordering::Acquire);
+        if self.is_shared.load(Ordering::Acquire) {
+            self.storage.size().map_or(known, |end| end.max(known))
+        } else {
+            known
+        }
     }
 
     /// Whether a sync has failed, so that writes are refused until the disk is opened again.
@@ -177,6 +238,9 @@ impl PlainDisk {
     /// [`ErrorKind::Io`] if the host's disk fails to sync: from then on writes are refused until the disk is opened
     /// again.
     pub fn flush(&self) -> Result<()> {
+        if self.is_shared.load(Ordering::Acquire) {
+            *self.flushed.lock() = self.changed().ok().map(|changed| (SystemTime::now(), changed));
+        }
         self.storage.sync().context(|| format!("flush disk {}", self.name))
     }
 

@@ -136,7 +136,7 @@ pub const BAD_INPUTS: &[Bad] = &[
     bad("mount {}/img.raw", 2, "cowdisk: mountpoint {}/img.raw: not a directory"),
     bad("mount {}/nonempty", 2, "cowdisk: mountpoint {}/nonempty: not empty\nmount on an empty directory"),
     bad("mount {}/store", 2, "cowdisk: mountpoint {}/store: lies in the store itself"),
-    bad("mount -o nonsense {}/mnt", 2, "cowdisk: mount option \"nonsense\": not known\nknown: ro, rw, transport=NAME, threads=N, allow_other, noallow_other, flush=SECONDS, accept_loss, reserve=SIZE, high_water=PERCENT, log=FILE"),
+    bad("mount -o nonsense {}/mnt", 2, "cowdisk: mount option \"nonsense\": not known\nknown: ro, rw, transport=NAME, threads=N, allow_other, noallow_other, flush=SECONDS, accept_loss, passthrough=auto|off, reserve=SIZE, high_water=PERCENT, log=FILE"),
     bad("mount -o transport=nfs {}/mnt", 2, "cowdisk: mount option \"transport=nfs\": transport \"nfs\": must be dev_fuse, io_uring or fuser"),
     bad("mount -o threads=0 {}/mnt", 2, "cowdisk: mount option \"threads=0\": must be a whole number from 1 to 64"),
     bad("mount -o flush=soon {}/mnt", 2, "cowdisk: mount option \"flush=soon\": must be a whole number from 0 to 3600"),

@@ -18,7 +18,7 @@ use crate::overlay::{
     LayerFiles, LayerReport, Usage, check_layer, live_map_name, read_superblock, repair_layer,
 };
 use crate::storage::{FileStorage, Storage};
-use crate::units::check_disk_bytes;
+use crate::units::{SECTOR_BYTES, check_disk_bytes};
 
 impl Store {
     /// Checks the disks of the inventory, one after the other.
@@ -153,7 +153,8 @@ fn is_in_use(folder: &Dir, file: &str) -> Result<bool> {
 
 fn check_plain(folder: &Dir, instance: &Instance, disk: DiskName, report: &mut CheckReport) -> Result<()> {
     let size = open_to_read(folder, disk, DiskPart::Raw)?.size()?;
-    if let Err(error) = check_disk_bytes(size) {
+    // One that does not end with a sector grows to its end when it is opened.
+    if let Err(error) = check_disk_bytes(size.next_multiple_of(SECTOR_BYTES)) {
         let remedy = Remedy::Operator("bring it back from a backup, or give the instance up".to_owned());
         report.add(
             "disk-size",

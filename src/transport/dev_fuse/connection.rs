@@ -16,7 +16,7 @@ use super::init::{self, Road};
 use super::request::{Operation, Request, parse};
 use super::wire::{InitOut, NOTIFY_RESEND, OutHeader, RESENT};
 use crate::error::{Context, Error, ErrorKind, Result};
-use crate::fs::{AGREED_BYTES, RequestId};
+use crate::fs::{AGREED_BYTES, BackingId, RequestId};
 use crate::transport::mount;
 
 /// What becomes of the requests that processes before this one have read and not answered.
@@ -41,12 +41,12 @@ pub struct Connection {
 impl Connection {
     /// Answers the kernel's INIT on a descriptor that has just been mounted, and opens others of the same connection for
     /// `threads` threads, unless the user may not open the device. Reading from the first waits for requests, from the second
-    /// it does not, and so on in turns.
+    /// it does not, and so on in turns. `passthrough` says whether the kernel may serve files by itself.
     ///
     /// # Errors
     /// If the kernel speaks no version of the protocol that we do.
-    pub fn begin(device: OwnedFd, threads: usize) -> Result<Self> {
-        let (device, agreed) = begin(Channel::new(device), Road::Device)?;
+    pub fn begin(device: OwnedFd, threads: usize, passthrough: bool) -> Result<Self> {
+        let (device, agreed) = begin(Channel::new(device), Road::Device { passthrough })?;
         let mut descriptors = vec![device];
         let count = if mount::may_open_device() { threads.min(descriptors_max()) } else { 1 };
         for number in 1..count {
@@ -91,6 +91,37 @@ impl Connection {
     /// Whether the kernel can send again what was read and not answered: Linux 6.9 and newer.
     pub fn can_resend(&self) -> bool {
         init::can_resend(&self.agreed)
+    }
+
+    /// Whether the kernel can serve files by itself: Linux 6.9 and newer, where it was asked to.
+    pub fn can_pass_through(&self) -> bool {
+        init::can_pass_through(&self.agreed)
+    }
+
+    /// Has the kernel serve `file`, a regular file, to those who open a file of ours with the number that this answers
+    /// with, for whatever they open it for. The caller has to have CAP_SYS_ADMIN in effect; the kernel then reads and writes
+    /// with the caller's rights.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Unsupported`] if the file's own file system lies upon another one; those of the kernel.
+    pub fn pass_through(&self, file: BorrowedFd<'_>) -> Result<BackingId> {
+        match control::open_backing(self.descriptors[0].as_fd(), file) {
+            Ok(number) => Ok(BackingId(number)),
+            Err(rustix::io::Errno::LOOP) => {
+                let message = "the file system of the store lies upon another one (overlayfs, FUSE)";
+                Err(Error::new(ErrorKind::Unsupported, message))
+            }
+            Err(errno) => Err(errno).context(|| "have the kernel serve a file"),
+        }
+    }
+
+    /// Has the kernel serve a file to nobody else by that number, and let go of it once nobody has it open.
+    ///
+    /// # Errors
+    /// Those of the kernel.
+    pub fn end_pass_through(&self, number: BackingId) -> Result<()> {
+        let closed = control::close_backing(self.descriptors[0].as_fd(), number.0);
+        closed.context(|| "have the kernel let go of a file")
     }
 
     /// Whether the mount has gone away.

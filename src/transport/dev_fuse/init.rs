@@ -25,11 +25,18 @@ const WANTED: u64 = can::ASYNC_READ
     | can::DIRECT_IO_ALLOW_MMAP
     | can::HAS_RESEND;
 
+/// How many file systems may lie one upon the other under a file that the kernel serves by itself, ours included: it must
+/// lie on a file system of the host's disk.
+const STACK_DEPTH: u32 = 1;
+
 /// How requests are to travel.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Road {
     /// By reads and writes of `/dev/fuse`.
-    Device,
+    Device {
+        /// Whether the kernel may serve files by itself.
+        passthrough: bool,
+    },
     /// By io_uring. The kernel holds all requests back until every queue has an entry.
     Rings,
 }
@@ -48,7 +55,8 @@ pub fn negotiate(offer: &InitIn, flags2: u32, road: Road) -> Result<Option<InitO
         return Err(Error::new(ErrorKind::Unsupported, message).with_hint("use Linux 5.4 or newer"));
     }
     let wanted = match road {
-        Road::Device => WANTED,
+        Road::Device { passthrough: false } => WANTED,
+        Road::Device { passthrough: true } => WANTED | can::PASSTHROUGH,
         Road::Rings => WANTED | can::OVER_IO_URING,
     };
     let taken = wanted & (u64::from(flags2) << 32 | u64::from(offer.flags));
@@ -69,6 +77,7 @@ pub fn negotiate(offer: &InitIn, flags2: u32, road: Road) -> Result<Option<InitO
         time_gran: 1,
         max_pages: 256,
         flags2: half(taken >> 32),
+        max_stack_depth: if taken & can::PASSTHROUGH != 0 { STACK_DEPTH } else { 0 },
         ..InitOut::default()
     }))
 }
@@ -76,6 +85,11 @@ pub fn negotiate(offer: &InitIn, flags2: u32, road: Road) -> Result<Option<InitO
 /// Whether the kernel can send again what was read and not answered: Linux 6.9 and newer.
 pub fn can_resend(agreed: &InitOut) -> bool {
     u64::from(agreed.flags2) << 32 & can::HAS_RESEND != 0
+}
+
+/// Whether the kernel can serve files by itself: Linux 6.9 and newer, where it was asked for.
+pub fn can_pass_through(agreed: &InitOut) -> bool {
+    u64::from(agreed.flags2) << 32 & can::PASSTHROUGH != 0
 }
 
 /// Checks what a process before this one has agreed on: this one must be able to keep to it.
@@ -103,17 +117,19 @@ pub fn our_version() -> InitOut {
 mod tests {
     use super::*;
 
+    const DEVICE: Road = Road::Device { passthrough: false };
+
     #[test]
     fn only_what_is_offered_is_taken() {
         let offer = InitIn { major: 7, minor: 38, max_readahead: 131_072, flags: u32::MAX };
-        let answer = negotiate(&offer, 0, Road::Device).unwrap().unwrap();
+        let answer = negotiate(&offer, 0, DEVICE).unwrap().unwrap();
         assert_eq!((answer.minor, answer.flags2, answer.max_readahead), (38, 0, 131_072));
         assert_ne!(u64::from(answer.flags) & can::ASYNC_DIO, 0);
-        let newer = negotiate(&InitIn { minor: 99, ..offer }, u32::MAX, Road::Device).unwrap().unwrap();
+        let newer = negotiate(&InitIn { minor: 99, ..offer }, u32::MAX, DEVICE).unwrap().unwrap();
         let flags2 = u64::from(newer.flags2) << 32;
         assert_eq!((newer.minor, flags2), (MINOR_MAX, can::DIRECT_IO_ALLOW_MMAP | can::HAS_RESEND));
         assert!(can_resend(&newer) && !can_resend(&answer));
-        let bare = negotiate(&InitIn { flags: 0, ..offer }, 0, Road::Device).unwrap().unwrap();
+        let bare = negotiate(&InitIn { flags: 0, ..offer }, 0, DEVICE).unwrap().unwrap();
         assert_eq!((bare.flags, bare.flags2), (0, 0));
     }
 
@@ -121,18 +137,33 @@ mod tests {
     fn rings_are_taken_only_where_they_are_wanted_and_offered() {
         let offer = InitIn { major: 7, minor: 45, max_readahead: 0, flags: u32::MAX };
         let rings = |answer: InitOut| u64::from(answer.flags2) << 32 & can::OVER_IO_URING != 0;
-        assert!(!rings(negotiate(&offer, u32::MAX, Road::Device).unwrap().unwrap()));
+        assert!(!rings(negotiate(&offer, u32::MAX, DEVICE).unwrap().unwrap()));
         assert!(rings(negotiate(&offer, u32::MAX, Road::Rings).unwrap().unwrap()));
         let error = negotiate(&offer, 0, Road::Rings).unwrap_err();
         assert_eq!(error.kind(), ErrorKind::Unsupported);
     }
 
     #[test]
+    fn the_kernel_serves_files_only_where_it_offers_that_and_is_asked() {
+        let offer = InitIn { major: 7, minor: 45, max_readahead: 0, flags: u32::MAX };
+        let asked = Road::Device { passthrough: true };
+        for (flags2, road, passes) in [
+            (u32::MAX, asked, true),
+            (u32::MAX, DEVICE, false),
+            (u32::MAX, Road::Rings, false),
+            (0, asked, false),
+        ] {
+            let answer = negotiate(&offer, flags2, road).unwrap().unwrap();
+            assert_eq!((can_pass_through(&answer), answer.max_stack_depth), (passes, u32::from(passes)));
+        }
+    }
+
+    #[test]
     fn other_versions_are_asked_again_or_refused() {
         let offer = InitIn { major: 8, minor: 0, ..InitIn::default() };
-        assert_eq!(negotiate(&offer, 0, Road::Device).unwrap(), None);
+        assert_eq!(negotiate(&offer, 0, DEVICE).unwrap(), None);
         for (major, minor) in [(7, 30), (6, 99)] {
-            let error = negotiate(&InitIn { major, minor, ..offer }, 0, Road::Device).unwrap_err();
+            let error = negotiate(&InitIn { major, minor, ..offer }, 0, DEVICE).unwrap_err();
             assert_eq!(error.kind(), ErrorKind::Unsupported);
         }
     }
@@ -140,7 +171,7 @@ mod tests {
     #[test]
     fn what_an_older_process_promised_must_be_kept_to() {
         let offer = InitIn { major: 7, minor: 45, max_readahead: 0, flags: u32::MAX };
-        let agreed = negotiate(&offer, u32::MAX, Road::Device).unwrap().unwrap();
+        let agreed = negotiate(&offer, u32::MAX, DEVICE).unwrap().unwrap();
         check_agreed(&agreed).unwrap();
         for other in [
             InitOut { max_write: REQUEST_BYTES_MAX + 1, ..agreed },

@@ -18,7 +18,7 @@ use super::wire::{
     SetattrIn, WriteIn, open_flag,
 };
 use crate::error::Result;
-use crate::fs::{Errno, Fs, HandleId, NumberedEntry, OpenMode, Outcome, RequestId};
+use crate::fs::{Errno, Fs, HandleId, NumberedEntry, OpenMode, Opened, Outcome, RequestId};
 use crate::transport::about::{About, guarded};
 use crate::transport::scratch::with_buffer;
 use crate::transport::slow_lane::SlowLane;
@@ -26,6 +26,9 @@ use crate::transport::slow_lane::SlowLane;
 /// Every open file bypasses the kernel's page cache (one copy of a base serves all, and each request goes to the disk
 /// that it names), writes to different places go side by side, and a close asks nobody.
 const FILE_FLAGS: u32 = open_flag::DIRECT_IO | open_flag::PARALLEL_DIRECT_WRITES | open_flag::NOFLUSH;
+
+/// Of a file that the kernel serves, only a close could still ask us.
+const PASSED_FLAGS: u32 = open_flag::PASSTHROUGH | open_flag::NOFLUSH;
 
 /// Threads for requests that wait for the host's disk.
 const SLOW_THREADS: usize = 16;
@@ -305,8 +308,9 @@ impl Server {
         let flags = arguments.flags.cast_signed();
         let write = flags & libc::O_ACCMODE != libc::O_RDONLY;
         let mode = OpenMode { write, truncate: flags & libc::O_TRUNC != 0 };
-        let send = |reply: Reply, handle: HandleId| {
-            reply.answer(&[OpenOut { fh: handle.0, open_flags: FILE_FLAGS, backing_id: 0 }.as_bytes()]);
+        let send = |reply: Reply, Opened { handle, backing }| {
+            let (open_flags, backing_id) = backing.map_or((FILE_FLAGS, 0), |id| (PASSED_FLAGS, id.0));
+            reply.answer(&[OpenOut { fh: handle.0, open_flags, backing_id }.as_bytes()]);
         };
         self.slowly("open", reply, ino, send, move |fs| fs.open(ino, mode, request));
     }

@@ -126,8 +126,8 @@ impl fuser::Filesystem for Server {
         let fs = Arc::clone(&self.fs);
         self.slow.run(ino.0, move || {
             let about = about("open", ino);
-            answer!(about, reply, fs.open(ino.0, mode, RequestId::default()), |handle: HandleId| {
-                reply.opened(FileHandle(handle.0), file_flags());
+            answer!(about, reply, fs.open(ino.0, mode, RequestId::default()), |opened: crate::fs::Opened| {
+                reply.opened(FileHandle(opened.handle.0), file_flags());
             });
         });
     }

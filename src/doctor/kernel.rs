@@ -14,6 +14,9 @@ use crate::transport::mount::check_device;
 /// The first kernel that sends requests again after a kill (FUSE_NOTIFY_RESEND).
 const RESENDS: (u32, u32) = (6, 9);
 
+/// The first kernel that can serve files by itself (FUSE passthrough).
+const PASSES_THROUGH: (u32, u32) = (6, 9);
+
 /// Files that the daemon has open besides those of disks, and for each disk: map, data twice, base, live map.
 const FILES_OF_DAEMON: u64 = 100;
 const FILES_PER_DISK: u64 = 5;
@@ -31,7 +34,7 @@ pub(super) fn look() -> Vec<Line> {
     if !root {
         lines.push(fuse_conf());
     }
-    lines.extend([uring(), open_files(), locked_memory()]);
+    lines.extend([passthrough(version, mounts_itself), uring(), open_files(), locked_memory()]);
     lines
 }
 
@@ -105,6 +108,15 @@ fn fuse_conf() -> Line {
     }
 }
 
+fn passthrough(version: Option<(u32, u32)>, mounts_itself: bool) -> Line {
+    let message = match (version.is_some_and(|version| version >= PASSES_THROUGH), mounts_itself) {
+        (true, true) => "the kernel can serve full copies by itself, where a mount has -o passthrough=auto",
+        (true, false) => "the kernel serves full copies by itself only for who has CAP_SYS_ADMIN",
+        (false, _) => "the daemon serves full copies, as all disks: Linux 6.9 and newer could by itself",
+    };
+    Line::ok("passthrough", message)
+}
+
 fn uring() -> Line {
     let message = match Transport::IoUring.require() {
         Ok(()) => "-o transport=io_uring serves by it, and does not survive a crash".to_owned(),
@@ -142,6 +154,16 @@ mod tests {
         assert_eq!(version_of("6.18.44-fc-v657"), Some((6, 18)));
         assert_eq!(version_of("7.0-rc1"), Some((7, 0)));
         assert_eq!(version_of("custom"), None);
+    }
+
+    #[test]
+    fn passthrough_takes_a_kernel_and_a_right() {
+        let message = |version, may| passthrough(version, may).message;
+        assert!(message(Some((6, 9)), true).contains("passthrough=auto"));
+        assert!(message(Some((6, 9)), false).contains("CAP_SYS_ADMIN"));
+        for version in [Some((6, 8)), None] {
+            assert!(message(version, true).contains("6.9"));
+        }
     }
 
     #[test]

@@ -42,9 +42,17 @@ fn a_host_is_looked_at_and_nothing_is_left_behind() {
     for topic in ["fuse", "rights", "store"] {
         assert_eq!(line(&report, topic).0, "ok", "{report:#}");
     }
-    for topic in
-        ["kernel", "file system", "room", "run directory", "open files", "qemu-img", "libvirt", "kvm"]
-    {
+    for topic in [
+        "kernel",
+        "passthrough",
+        "file system",
+        "room",
+        "run directory",
+        "open files",
+        "qemu-img",
+        "libvirt",
+        "kvm",
+    ] {
         line(&report, topic);
     }
     assert!(line(&report, "daemon").1.ends_with("is not mounted"), "{report:#}");

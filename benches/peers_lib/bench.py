@@ -16,7 +16,7 @@ from typing import Protocol, TypeVar
 
 from .host import BenchError, make_image
 from .peers import Peer, Place
-from .peers.cowdisk import Cowdisk, CowdiskLocal, StoreMaker
+from .peers.cowdisk import Cowdisk, CowdiskLocal, CowdiskPassed, StoreMaker
 from .peers.nbdkit import Nbdkit
 from .peers.plain import Plain
 from .peers.qemu_storage_daemon import QemuStorageDaemon
@@ -101,13 +101,18 @@ class Bench:
             local = f"{name} local"
             known[name] = partial(Cowdisk, name, place, maker, stack)
             known[local] = partial(CowdiskLocal, local, place, maker, stack)
+            if maker.can_pass:
+                passed = f"{name} passed local"
+                known[passed] = partial(CowdiskPassed, passed, place, maker, stack)
         known["qsd io_uring"] = lambda: QemuStorageDaemon(place, "io_uring")
         known["qsd native"] = lambda: QemuStorageDaemon(place, "native")
         known["nbdkit cow"] = lambda: Nbdkit(place)
         if reflinks:
             known["xfs reflink"] = lambda: Reflink(place, "xfs", stack)
             known["btrfs reflink"] = lambda: Reflink(place, "btrfs", stack)
-        left_out = LEFT_OUT_WHEN_QUICK if self.quick and not any(choice.peer for choice in self.choices) else ()
+        passed = tuple(f"{name} passed local" for name in self.makers)
+        all_peers = not self.quick or any(choice.peer for choice in self.choices)
+        left_out = () if all_peers else (*LEFT_OUT_WHEN_QUICK, *passed)
         peers: list[Peer] = [Plain("plain", place)]
         for name, make in known.items():
             if self.wants(group, name) and name not in left_out:

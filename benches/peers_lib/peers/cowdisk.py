@@ -1,5 +1,7 @@
 """cowdisk: a store, its mount, and an instance per disk."""
 
+from __future__ import annotations
+
 import os
 import tempfile
 from collections.abc import Iterator
@@ -67,6 +69,15 @@ class StoreMaker:
         store.mountpoint.mkdir()
         return store
 
+    @property
+    def can_pass(self) -> bool:
+        """Whether the kernel can serve full copies in its stores: by one transport alone, which is the default."""
+        return "transport=" not in self.options or "transport=dev_fuse" in self.options
+
+    def with_option(self, option: str) -> StoreMaker:
+        """The same with one more mount option."""
+        return StoreMaker(self.program, self.run_dirs, ",".join(filter(None, (self.options, option))))
+
 
 class Cowdisk(Peer):
     """The root disk: copy-on-write over the base."""
@@ -108,4 +119,15 @@ class CowdiskLocal(Cowdisk):
 
     def create(self, name: str) -> Path:
         self.store.do("instance", "create", name, "--image", "tiny", "--flavor", "local")
+        return self.store.disk_path(name, "disk.local")
+
+
+class CowdiskPassed(CowdiskLocal):
+    """The local disk of a full copy: one file of the host, which the kernel serves."""
+
+    def __init__(self, name: str, place: Place, maker: StoreMaker, stack: ExitStack):
+        super().__init__(name, place, maker.with_option("passthrough=auto"), stack)
+
+    def create(self, name: str) -> Path:
+        self.store.do("instance", "create", name, "--image", "tiny", "--flavor", "local", "--no-cow")
         return self.store.disk_path(name, "disk.local")

@@ -189,7 +189,10 @@ fn disks(disks: &[DiskStatus]) -> Line {
 fn left_mounted(store: &Path) -> Option<PathBuf> {
     let mounts = daemon::mounts().ok()?;
     let store = store.canonicalize().ok()?;
-    mounts.into_iter().find(|mount| mount.is_of_its_store() && mount.source == store).map(|mount| mount.mountpoint)
+    mounts
+        .into_iter()
+        .find(|mount| mount.is_of_its_store() && mount.source == store)
+        .map(|mount| mount.mountpoint)
 }
 
 fn not_served(store: &Path, left: Option<PathBuf>) -> Line {
@@ -207,7 +210,7 @@ fn not_served(store: &Path, left: Option<PathBuf>) -> Line {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::daemon::{HostStatus, KeeperStatus};
+    use crate::daemon::{HostStatus, KeeperStatus, PassthroughStatus};
     use crate::doctor::Verdict;
     use crate::store::Timestamp;
 
@@ -277,6 +280,7 @@ mod tests {
             options: String::new(),
             transport: "dev_fuse".to_owned(),
             transport_reason: String::new(),
+            passthrough: PassthroughStatus::default(),
             host,
             instances: 0,
             open_files: 0,

@@ -226,7 +226,8 @@ fn a_request_that_each_process_dies_of_is_answered_with_an_error_in_the_end() {
         file.write_all_at(b"alive", 0).unwrap();
         assert_eq!(read_at(file, 0, 5), b"alive");
     }
-    assert_eq!(status(&mount).keeper.unwrap().restarts, 5);
+    // On a busy machine a life may last a second, which takes back one death.
+    assert!(status(&mount).keeper.unwrap().restarts >= 5);
     assert!(mount.log().contains("refused, as processes died while it was under way"));
     drop((file, other));
     mount.unmount().unwrap();

@@ -92,8 +92,9 @@ fn keeper(status: &Status) -> String {
     let last =
         keeper.last_end.as_ref().map(|last| format!(", the last time after: {last}")).unwrap_or_default();
     let KeeperStatus { pid, version, restarts, upgrades, .. } = keeper;
+    let cut_off = if status.survives_death { "" } else { "; if the daemon dies, the mount is cut off" };
     format!(
-        "process {pid}, cowdisk {version}, upgraded the daemon {upgrades} times, replaced it {restarts} times{last}"
+        "process {pid}, cowdisk {version}, upgraded the daemon {upgrades} times, replaced it {restarts} times{last}{cut_off}"
     )
 }
 

@@ -20,7 +20,7 @@ use super::confine::{Role, confine};
 use super::employ::{Estate, Event, Worker};
 use super::identity;
 use super::link::{ErrorWord, Handover, PROTOCOL, ToKeeper, ToWorker};
-use super::mounted::Mounted;
+use super::mounted::{Mounted, open_root};
 use super::mounts;
 use super::options::MountOptions;
 use super::passthrough::{Offer, Passed};
@@ -33,7 +33,7 @@ use super::upgrade::{Asker, Stage, Upgrade};
 use crate::error::{Error, ErrorKind, Result};
 use crate::fs::Ledger;
 use crate::store::{Store, Timestamp};
-use crate::transport::{Connection, Transport};
+use crate::transport::{self, Connection, Road, Transport};
 
 /// After so many deaths in a row, of processes that had begun to read, what was under way is not done again: some 20 s after the
 /// first. A life of seconds takes deaths back, see [`Backoff`].
@@ -47,6 +47,7 @@ pub(super) fn keep(
     store: Store,
     mountpoint: &Path,
     options: &MountOptions,
+    transport: Transport,
     on_ready: impl FnOnce(),
 ) -> Result<()> {
     let (store, mountpoint, lock) = take(store, mountpoint, options)?;
@@ -60,8 +61,8 @@ pub(super) fn keep(
     let may_pass = identity::may_mount();
     // Before the first thread: what is given up is given up by each thread for itself, and by the workers.
     confine(Role::Keeper { mountpoint: &mountpoint });
-    let threads = options.threads(Transport::DevFuse);
-    let connection = Connection::begin(device, threads, options.passthrough && may_pass)?;
+    let road = transport.road(options.passthrough && may_pass);
+    let connection = Connection::begin(device, road, options.threads(transport))?;
     let passthrough = Offer::new(options.passthrough, may_pass, &connection);
     passthrough.tell(options.passthrough);
     let ledger = Ledger::create()?;
@@ -89,10 +90,12 @@ pub(super) fn keep(
         },
         passthrough,
     };
-    if !connection.can_resend() {
-        log::warn!(
-            "this kernel is older than 6.9: should the process that serves crash, the mount is cut off"
-        );
+    let cut_off = "should the process that serves crash, the mount is cut off";
+    match road {
+        // Whoever chose it was told.
+        Road::Rings => log::info!("with this transport no other process takes over after a crash: {cut_off}"),
+        Road::Device { .. } if connection.can_resend() => {}
+        Road::Device { .. } => log::warn!("this kernel is older than 6.9: {cut_off}"),
     }
     let keeper = Keeper {
         estate: Estate { lock, ledger, connection, handover },
@@ -276,7 +279,23 @@ impl Keeper<'_> {
                     upgrade.note_stopped(worker.handed_over);
                 }
             }
+            ToKeeper::Nudge { processors, times } => self.nudge(processors, times),
             ToKeeper::ServesOn(word) => self.fail_upgrade(word.into_error()),
+        }
+    }
+
+    /// Has the kernel give the worker requests, for it is about to hand over.
+    fn nudge(&mut self, processors: Vec<u16>, times: usize) {
+        let Some(upgrade @ Upgrade { stage: Stage::StandingBy(_), nudged: None, .. }) = &mut self.upgrade
+        else {
+            return;
+        };
+        let Handover { mountpoint, device, .. } = &self.estate.handover;
+        let root = identity::with_capabilities(|| open_root(Path::new(mountpoint), *device));
+        match root.and_then(|root| transport::nudge(root, processors, times)) {
+            Ok(nudged) => upgrade.nudged = Some(nudged),
+            // The worker finds that it cannot hand over, and serves on.
+            Err(why) => self.fail_upgrade(why),
         }
     }
 
@@ -350,6 +369,10 @@ impl Keeper<'_> {
                 upgrade.until += UNHURRIED;
             }
             Stage::StandingBy(_) => self.fail_upgrade(late("the process that serves has not stopped")),
+            // It may have requests that nobody else could answer.
+            Stage::TakingOver if worker.reads && !self.estate.connection.can_resend() => {
+                self.fail_upgrade(late("it has taken over, but not said that it serves"));
+            }
             Stage::TakingOver => {
                 worker.failure = Some(late("it has not begun to serve"));
                 worker.kill();
@@ -387,8 +410,13 @@ impl Keeper<'_> {
     fn bury(&mut self, death: Death, backoff: &mut Backoff) -> Result<()> {
         let Death { why, was_ready, had_read, life } = death;
         if had_read && !self.estate.connection.can_resend() {
-            return Err(Error::new(ErrorKind::Io, why.to_string())
-                .with_hint("this kernel, older than 6.9, cannot send its requests to another: mount again"));
+            let hint = match self.estate.connection.road() {
+                Road::Rings => "what it had fetched by io_uring cannot be sent to another: mount again",
+                Road::Device { .. } => {
+                    "this kernel, older than 6.9, cannot send its requests to another: mount again"
+                }
+            };
+            return Err(Error::new(ErrorKind::Io, why.to_string()).with_hint(hint));
         }
         if !was_ready && self.estate.connection.has_ended() {
             let message = format!("the mount is gone, and its disks cannot be closed: {why}");

@@ -21,7 +21,7 @@ use crate::store::Timestamp;
 
 /// The version of all that is in this file, but for the form of [`ToKeeper::Hello`], which never changes: by it processes of
 /// different versions find out about each other.
-pub(super) const PROTOCOL: u32 = 3;
+pub(super) const PROTOCOL: u32 = 4;
 
 /// Longest message, in bytes.
 const BYTES_MAX: usize = 64 << 10;
@@ -88,7 +88,14 @@ pub(super) enum ToKeeper {
     Ended(Vec<ErrorWord>),
     /// Have the program that is now where this one came from take over. With it comes the socket of whoever asks.
     Upgrade,
-    /// Every request that was read is answered, and no more is read; disks are left open. It ends now.
+    /// It is to hand over by rings, and needs requests to do so: ask so often on each of these processors for something.
+    Nudge {
+        /// Their numbers.
+        processors: Vec<u16>,
+        /// How often on each.
+        times: usize,
+    },
+    /// Every request that was begun is answered, and no more is begun; disks are left open. It ends now.
     HandedOver {
         /// For how long it has read none.
         pause_milliseconds: u64,

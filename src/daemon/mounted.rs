@@ -8,7 +8,7 @@ use rustix::fs::{AtFlags, Mode, OFlags, StatxFlags};
 use super::identity;
 use super::options::MountOptions;
 use super::unmounter::Unmounter;
-use crate::error::{Context, Result};
+use crate::error::{Context, Error, ErrorKind, Result};
 use crate::transport::mount::{self, MountRequest};
 
 /// A mount that nobody answers for yet; dropped, it is taken away.
@@ -49,14 +49,8 @@ impl<'a> Mounted<'a> {
         };
         let connection = mount::mount(&request)?;
         let mut mounted = Self { device: (0, 0), unmounter, is_answered: false };
-        // While the way to it is open to us. Nothing is asked of the mount.
-        let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-        let root = rustix::fs::open(mountpoint, flags, Mode::empty())
-            .context(|| format!("open {}", mountpoint.display()))?;
-        let flags = AtFlags::EMPTY_PATH | AtFlags::STATX_DONT_SYNC;
-        let found =
-            rustix::fs::statx(&root, "", flags, StatxFlags::empty()).context(|| "look at the mount")?;
-        mounted.device = (found.stx_dev_major, found.stx_dev_minor);
+        // While the way to it is open to us.
+        mounted.device = open_root_and_look(mountpoint)?.1;
         Ok((mounted, connection))
     }
 
@@ -64,4 +58,28 @@ impl<'a> Mounted<'a> {
     pub(super) fn answered(mut self) {
         self.is_answered = true;
     }
+}
+
+/// Opens the directory of the mount that has that device, as a path: nothing is asked of the mount. It is in use as long as
+/// this is open.
+///
+/// # Errors
+/// [`ErrorKind::NotFound`] if something else is there; those of the host.
+pub(super) fn open_root(mountpoint: &Path, device: (u32, u32)) -> Result<OwnedFd> {
+    match open_root_and_look(mountpoint)? {
+        (root, found) if found == device => Ok(root),
+        _ => {
+            let message = format!("{}: the mount is not there any more", mountpoint.display());
+            Err(Error::new(ErrorKind::NotFound, message))
+        }
+    }
+}
+
+fn open_root_and_look(mountpoint: &Path) -> Result<(OwnedFd, (u32, u32))> {
+    let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+    let root = rustix::fs::open(mountpoint, flags, Mode::empty())
+        .context(|| format!("open {}", mountpoint.display()))?;
+    let flags = AtFlags::EMPTY_PATH | AtFlags::STATX_DONT_SYNC;
+    let found = rustix::fs::statx(&root, "", flags, StatxFlags::empty()).context(|| "look at the mount")?;
+    Ok((root, (found.stx_dev_major, found.stx_dev_minor)))
 }

@@ -19,7 +19,7 @@ use super::worker::KeeperLink;
 use crate::error::{Error, ErrorKind, Result};
 use crate::fs::{BackingId, DiskKey, Passthrough};
 use crate::store::{ObjectName, Store};
-use crate::transport::Connection;
+use crate::transport::{Connection, Road};
 
 /// Whether a keeper has the kernel serve disks.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -37,6 +37,7 @@ impl Offer {
         let why_not = match (wanted, may, connection.can_pass_through()) {
             (true, true, true) => return Self::On,
             (false, ..) => "the mount was not made with the option passthrough=auto",
+            _ if connection.road() == Road::Rings => "the transport io_uring cannot",
             (_, false, _) => "it takes CAP_SYS_ADMIN",
             (.., false) => "this kernel cannot; Linux 6.9 and newer can",
         };

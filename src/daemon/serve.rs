@@ -23,7 +23,7 @@ use super::unmounter::Unmounter;
 use crate::error::{Context, Error, Result};
 use crate::fs::Fs;
 use crate::store::{ServeLock, Store, Timestamp};
-use crate::transport::{Alone, Choice, Session, Transport};
+use crate::transport::{Choice, Session, Transport};
 
 /// Open files wanted: for 200,000 overlays, each of which takes five (map, data twice, base and live map), and
 /// some besides.
@@ -53,12 +53,10 @@ pub(super) fn serve(
 ) -> Result<()> {
     let choice = Choice::of(options.transport)?;
     choice.transport.require()?;
-    let alone = match choice.transport {
-        Transport::DevFuse => return keeper::keep(store, mountpoint, options, on_ready),
-        Transport::IoUring => Alone::IoUring,
-        Transport::Fuser => Alone::Fuser,
-    };
-    serve_alone(store, mountpoint, options, (alone, choice), on_ready)
+    match choice.transport {
+        Transport::Fuser => serve_alone(store, mountpoint, options, choice, on_ready),
+        kept => keeper::keep(store, mountpoint, options, kept, on_ready),
+    }
 }
 
 /// Takes the right to serve `store` on `mountpoint`, which becomes absolute.
@@ -80,7 +78,7 @@ fn serve_alone(
     store: Store,
     mountpoint: &Path,
     options: &MountOptions,
-    (alone, choice): (Alone, Choice),
+    choice: Choice,
     on_ready: impl FnOnce(),
 ) -> Result<()> {
     let (store, mountpoint, lock) = take(store, mountpoint, options)?;
@@ -99,7 +97,7 @@ fn serve_alone(
     let signals = watch_signals(&events)?;
     let background = Background::start(Arc::clone(&fs), options.flush_seconds)?;
     let threads = options.threads(choice.transport);
-    let session = Session::begin(alone, device, Arc::clone(&fs), threads)?;
+    let session = Session::begin_alone(device, Arc::clone(&fs), threads)?;
     await_end(Arc::new(session), events)?;
     mounted.answered();
     // Nobody's disk depends on it.

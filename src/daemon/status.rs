@@ -21,8 +21,11 @@ pub struct Status {
     pub version: String,
     /// The process that answers requests.
     pub pid: u32,
-    /// The process that keeps the mount and has another answer should that one die; null if there is none.
+    /// The process that keeps the mount and starts those that answer; null if there is none.
     pub keeper: Option<KeeperStatus>,
+    /// Whether another process takes over should the one that answers die. Otherwise the mount is cut off then.
+    #[serde(default = "survives")]
+    pub survives_death: bool,
     /// The directory of the store.
     pub store: PathBuf,
     /// Where it is mounted.
@@ -63,6 +66,11 @@ impl Default for PassthroughStatus {
     fn default() -> Self {
         Self { on: false, reason: Some("the daemon does not know of it".to_owned()) }
     }
+}
+
+/// What is so of a daemon that has a keeper and does not tell.
+fn survives() -> bool {
+    true
 }
 
 /// The process that keeps a mount.
@@ -151,6 +159,8 @@ pub(super) struct Identity {
     transport: Choice,
     keeper: Option<(KeeperStatus, Arc<KeeperLink>)>,
     passthrough: Offer,
+    /// Whether the keeper could have another process take over from one that has died.
+    can_resend: bool,
 }
 
 impl Identity {
@@ -165,12 +175,18 @@ impl Identity {
     ) -> Self {
         let (store, mountpoint) = (store.to_owned(), mountpoint.to_owned());
         let passthrough = Offer::Off(format!("the transport {} cannot", transport.transport));
-        Self { store, mountpoint, started, options: options.to_string(), transport, keeper, passthrough }
+        let (options, can_resend) = (options.to_string(), false);
+        Self { store, mountpoint, started, options, transport, keeper, passthrough, can_resend }
     }
 
     /// The same of a process that has the kernel serve disks, or not.
     pub(super) fn passing(self, passthrough: Offer) -> Self {
         Self { passthrough, ..self }
+    }
+
+    /// The same of a process that another one can take over from should it die.
+    pub(super) fn surviving(self, can_resend: bool) -> Self {
+        Self { can_resend, ..self }
     }
 
     /// What reads the kernel's requests, and why.
@@ -231,6 +247,7 @@ impl Identity {
             version: env!("CARGO_PKG_VERSION").to_owned(),
             pid: std::process::id(),
             keeper: self.keeper().cloned(),
+            survives_death: self.can_resend && self.keeper().is_some(),
             store: self.store.clone(),
             mountpoint: self.mountpoint.clone(),
             started: self.started,

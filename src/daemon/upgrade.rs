@@ -4,8 +4,8 @@
 //! | stage | what goes on | if it fails, or takes too long |
 //! |---|---|---|
 //! | starting | the candidate's process begins, and says which protocol it speaks | nobody has noticed anything |
-//! | standing by | the worker answers what it had read, and ends | it reads on, and the candidate is dismissed |
-//! | taking over | the candidate gets everything, and begins to answer | it is killed, and the program of before takes over |
+//! | standing by | the worker answers what it had begun, by rings takes all entries from the kernel, and ends | it reads on, and the candidate is dismissed |
+//! | taking over | the candidate gets everything, and begins to answer | it is killed, and the program of before takes over; but by rings, once it fetches, it serves on, or the mount is cut off |
 //!
 //! Whoever asked for it has left a socket, on which the keeper answers; it reads nothing from there.
 
@@ -22,6 +22,7 @@ use super::link::{ErrorWord, PROTOCOL};
 use super::program::Program;
 use super::worker::{BACKGROUND_PATIENCE, REQUEST_PATIENCE};
 use crate::error::{Error, ErrorKind, Result};
+use crate::transport::Nudged;
 
 /// How long a candidate may take to say what it is.
 const START_PATIENCE: Duration = Duration::from_secs(10);
@@ -33,11 +34,15 @@ const STOP_PATIENCE: Duration =
 /// How long the candidate may take to serve. Guests wait meanwhile.
 const READY_PATIENCE: Duration = Duration::from_secs(5);
 
+/// How long what the worker was given to hand over may take to be answered, once somebody serves.
+const NUDGE_PATIENCE: Duration = Duration::from_secs(1);
+
 /// How long all of it may take.
 pub(super) const PATIENCE: Duration = START_PATIENCE
     .saturating_add(STOP_PATIENCE)
     .saturating_add(READY_PATIENCE)
-    .saturating_add(READY_PATIENCE);
+    .saturating_add(READY_PATIENCE)
+    .saturating_add(NUDGE_PATIENCE);
 
 /// What an upgrade has come to.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -115,13 +120,15 @@ pub(super) struct Upgrade {
     pub(super) from: String,
     /// For how long the worker had read nothing when it said that it had handed over, and when that was.
     stopped: Option<(Duration, Instant)>,
+    /// What the worker was given to be able to hand over.
+    pub(super) nudged: Option<Nudged>,
     asker: Asker,
 }
 
 impl Upgrade {
     pub(super) fn new(program: Program, candidate: Worker, from: String, asker: Asker) -> Self {
         let until = Instant::now() + START_PATIENCE;
-        Self { program, stage: Stage::Starting(candidate), until, from, stopped: None, asker }
+        Self { program, stage: Stage::Starting(candidate), until, from, stopped: None, nudged: None, asker }
     }
 
     /// The candidate, unless it is the worker already.
@@ -182,6 +189,7 @@ impl Upgrade {
 
     /// Tells whoever asked that it has succeeded.
     pub(super) fn succeed(self, to: String) -> Program {
+        self.forget_nudges();
         let pause = self.stopped.map_or(Duration::ZERO, |(before, since)| before + since.elapsed());
         let pause_milliseconds = u64::try_from(pause.as_millis()).unwrap_or(u64::MAX);
         log::info!("upgraded from {} to {to}; no request was read for {pause_milliseconds} ms", self.from);
@@ -189,11 +197,19 @@ impl Upgrade {
         self.program
     }
 
+    /// Waits until the mount is not in use by us any more, which it is not if anybody serves it.
+    fn forget_nudges(&self) {
+        if let Some(nudged) = &self.nudged {
+            nudged.wait(NUDGE_PATIENCE);
+        }
+    }
+
     /// Dismisses the candidate and tells whoever asked why.
     pub(super) fn fail(mut self, why: Error) {
         if let Some(candidate) = self.candidate() {
             candidate.kill();
         }
+        self.forget_nudges();
         let error = why.context(format!("upgrade to {}", self.program.path().display()));
         log::warn!("{error}");
         self.asker.answer(Err(error));

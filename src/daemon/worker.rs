@@ -31,7 +31,7 @@ use super::unmounter::Unmounter;
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::fs::{Fs, Ledger};
 use crate::store::{ServeLock, Store};
-use crate::transport::{Choice, Connection, Session, Transport, Unanswered};
+use crate::transport::{Choice, Connection, Session, Unanswered};
 
 /// Set to 1 in the environment of a process whose standard input is a socket to its keeper.
 pub(super) const VARIABLE: &str = "COWDISK_KEPT";
@@ -203,20 +203,23 @@ impl<'a> Worker<'a> {
         }
         // Opens what others had open, for which the keeper may be asked.
         let background = Background::start(Arc::clone(&fs), options.flush_seconds)?;
-        let threads = options.threads(Transport::DevFuse);
-        let _ = keeper.link.tell(&ToKeeper::Reading, &[]);
+        let choice = Choice::of(options.transport)?;
+        let reading = || drop(keeper.link.tell(&ToKeeper::Reading, &[]));
         let unanswered = match (handover.resend, handover.refuse) {
             (false, _) => Unanswered::Leave,
             (true, false) => Unanswered::Repeat,
             (true, true) => Unanswered::Refuse,
         };
-        let session = Arc::new(Session::take_over(connection, Arc::clone(&fs), threads, unanswered)?);
+        let threads = options.threads(choice.transport);
+        let can_resend = connection.can_resend();
+        let session = Session::take_over(connection, Arc::clone(&fs), threads, unanswered, reading)?;
+        let session = Arc::new(session);
         await_end(Arc::clone(&session), events)?;
         // Nobody's disk depends on it.
         let known = Some((handover.keeper.clone(), Arc::clone(&keeper)));
-        let choice = Choice::of(options.transport)?;
         let identity = Identity::new(&source, &mountpoint, options, handover.started, choice, known)
-            .passing(handover.passthrough);
+            .passing(handover.passthrough)
+            .surviving(can_resend);
         let control = Control::start(&run_dir, identity, Arc::clone(&fs))
             .inspect_err(|error| log::warn!("serving without a control socket: {error}"));
         log::info!("serving {} on {} by the transport {choice}", source.display(), mountpoint.display());
@@ -261,7 +264,9 @@ fn hand_over(keeper: &KeeperLink, background: &Background, session: &Session) ->
     let mut begun = Instant::now();
     let stopped = if background.pause(BACKGROUND_PATIENCE) {
         begun = Instant::now();
-        session.hand_over(REQUEST_PATIENCE)
+        session.hand_over(REQUEST_PATIENCE, |processors, times| {
+            keeper.link.tell(&ToKeeper::Nudge { processors, times }, &[])
+        })
     } else {
         let seconds = BACKGROUND_PATIENCE.as_secs();
         let message = format!("a flush in the background has not ended after {seconds} s");

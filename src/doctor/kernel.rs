@@ -119,7 +119,9 @@ fn passthrough(version: Option<(u32, u32)>, mounts_itself: bool) -> Line {
 
 fn uring() -> Line {
     let message = match Transport::IoUring.require() {
-        Ok(()) => "-o transport=io_uring serves by it, and does not survive a crash".to_owned(),
+        Ok(()) => {
+            "-o transport=io_uring serves by it; upgrades work, but a crash cuts the mount off".to_owned()
+        }
         Err(error) => format!("-o transport=io_uring is refused: {error}"),
     };
     Line::ok("io_uring", message)

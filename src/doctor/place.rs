@@ -165,6 +165,10 @@ fn served(status: &Status) -> Vec<Line> {
                 format!("replaced the daemon {} times{}", keeper.restarts, last.unwrap_or_default());
             Line::warning("keeper", message, "see why: daemon.log in the run directory")
         }
+        Some(keeper) if !status.survives_death => {
+            let message = format!("process {}; if the daemon dies, the mount is cut off", keeper.pid);
+            Line::ok("keeper", message)
+        }
         Some(keeper) => Line::ok("keeper", format!("process {}, replaced no daemon yet", keeper.pid)),
     });
     lines.push(disks(&status.disks));
@@ -274,6 +278,7 @@ mod tests {
             version: "0.0.1".to_owned(),
             pid: 2,
             keeper: None,
+            survives_death: false,
             store: "/store".into(),
             mountpoint: "/mnt".into(),
             started: Timestamp::now(),

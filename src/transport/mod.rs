@@ -17,7 +17,7 @@ use std::str::FromStr;
 use std::sync::Arc;
 use std::time::Duration;
 
-pub use dev_fuse::{Connection, Unanswered};
+pub use dev_fuse::{Connection, Nudged, Road, Unanswered, nudge};
 
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::fs::Fs;
@@ -28,7 +28,7 @@ pub enum Transport {
     /// Our own on `/dev/fuse`.
     #[default]
     DevFuse,
-    /// Our own by io_uring: faster, but no other process can take it over.
+    /// Our own by io_uring: faster, but no other process can take over from one that dies.
     IoUring,
     /// That of the crate `fuser`.
     Fuser,
@@ -48,6 +48,14 @@ impl Transport {
             Self::DevFuse => 48,
             Self::IoUring => 64,
             Self::Fuser => 2 * std::thread::available_parallelism().map_or(2, usize::from).clamp(2, 8),
+        }
+    }
+
+    /// How its requests travel; by the device the kernel may serve files by itself if `passthrough`.
+    pub fn road(self, passthrough: bool) -> Road {
+        match self {
+            Self::IoUring => Road::Rings,
+            Self::DevFuse | Self::Fuser => Road::Device { passthrough },
         }
     }
 
@@ -138,15 +146,6 @@ impl FromStr for Transport {
     }
 }
 
-/// The transports of which one process alone serves a mount.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Alone {
-    /// [`Transport::IoUring`].
-    IoUring,
-    /// [`Transport::Fuser`].
-    Fuser,
-}
-
 /// A session of the kernel with the filesystem; ends when the mount goes away.
 #[derive(Debug)]
 pub enum Session {
@@ -159,22 +158,19 @@ pub enum Session {
 }
 
 impl Session {
-    /// A session that no other process can take over, of a transport for which that is so: answers the kernel's INIT on a
-    /// descriptor that has just been mounted and starts up to `threads` threads, at least 1. Requests are answered when this
-    /// returns.
+    /// A session of [`Transport::Fuser`], which no other process can take over: answers the kernel's INIT on a descriptor that
+    /// has just been mounted and starts `threads` threads, at least 1. Requests are answered when this returns.
     ///
     /// # Errors
-    /// If the kernel speaks no version of the protocol that we do; those of [`Transport::require`].
-    pub fn begin(transport: Alone, device: OwnedFd, fs: Arc<Fs>, threads: usize) -> Result<Self> {
-        Ok(match transport {
-            Alone::IoUring => Self::IoUring(dev_fuse::RingSession::start(device, fs, threads)?),
-            Alone::Fuser => Self::Fuser(fuser::FuserSession::start(device, fs, threads)?),
-        })
+    /// If the kernel speaks no version of the protocol that the crate does.
+    pub fn begin_alone(device: OwnedFd, fs: Arc<Fs>, threads: usize) -> Result<Self> {
+        Ok(Self::Fuser(fuser::FuserSession::start(device, fs, threads)?))
     }
 
-    /// A session of [`Transport::DevFuse`] on a connection that has begun, with `threads` threads, at least 1. Requests are
-    /// answered when this returns. What becomes of those that processes before this one, all of which have ended, had read and
-    /// not answered, `unanswered` says.
+    /// A session on a connection that has begun, with up to `threads` threads that fetch requests, at least 1. `begin` is called
+    /// just before the first one is fetched; requests are answered when this returns. What becomes of those that
+    /// processes before this one, all of which have ended, had read and not answered, `unanswered` says; by
+    /// [`Road::Rings`] there are none.
     ///
     /// # Errors
     /// Those of the host.
@@ -183,8 +179,14 @@ impl Session {
         fs: Arc<Fs>,
         threads: usize,
         unanswered: Unanswered,
+        begin: impl FnOnce(),
     ) -> Result<Self> {
-        Ok(Self::DevFuse(dev_fuse::DevFuseSession::start(connection, fs, threads, unanswered)?))
+        Ok(match connection.road() {
+            Road::Device { .. } => {
+                Self::DevFuse(dev_fuse::DevFuseSession::start(connection, fs, threads, unanswered, begin)?)
+            }
+            Road::Rings => Self::IoUring(dev_fuse::RingSession::start(connection, fs, threads, begin)?),
+        })
     }
 
     /// Waits until the mount has gone away and every request is answered.
@@ -199,29 +201,33 @@ impl Session {
         }
     }
 
-    /// Stops reading requests and answers all that were read, so that another process can take over when this one has
-    /// ended; [`Session::wait`] never returns then.
+    /// Stops fetching requests and answers all with which it had begun, so that another process can take over when this one has
+    /// ended; [`Session::wait`] never returns then. By rings, `nudge` is to have the keeper call [`nudge()`].
     ///
     /// # Errors
     /// [`ErrorKind::Unsupported`] with a transport that cannot be taken over; [`ErrorKind::Busy`] if not all is answered within
-    /// `patience`. The session goes on then.
-    pub fn hand_over(&self, patience: Duration) -> Result<()> {
+    /// `patience`; those of `nudge`. The session goes on then.
+    pub fn hand_over(
+        &self,
+        patience: Duration,
+        nudge: impl FnOnce(Vec<u16>, usize) -> Result<()>,
+    ) -> Result<()> {
         match self {
             Self::DevFuse(session) => session.hand_over(patience),
-            Self::IoUring(_) | Self::Fuser(_) => {
-                Err(Error::new(ErrorKind::Unsupported, "this transport cannot be handed over"))
-            }
+            Self::IoUring(session) => session.hand_over(patience, nudge),
+            Self::Fuser(_) => Err(Error::new(ErrorKind::Unsupported, "this transport cannot be handed over")),
         }
     }
 
-    /// Reads requests again after [`Session::hand_over`].
+    /// Fetches requests again after [`Session::hand_over`].
     ///
     /// # Errors
     /// Those of the host; [`Session::wait`] returns them, too.
     pub fn take_back(&self) -> Result<()> {
         match self {
             Self::DevFuse(session) => session.take_back(),
-            Self::IoUring(_) | Self::Fuser(_) => Ok(()),
+            Self::IoUring(session) => session.take_back(),
+            Self::Fuser(_) => Ok(()),
         }
     }
 }

@@ -2,7 +2,8 @@
 //!
 //! Whoever mounts begins it and keeps every descriptor of it. As long as one of them is open anywhere, the connection
 //! lives: requests wait for a process that takes it over. What a process had read and not answered, the kernel sends
-//! again when it is asked to ([`Connection::resend`]); a request that comes so has [`RESENT`] in its number.
+//! again when it is asked to ([`Connection::resend`]); a request that comes so has [`RESENT`] in its number. What it had
+//! fetched by a ring lies in memory that belongs to the connection, too; the kernel does not send it again.
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
@@ -14,6 +15,7 @@ use super::channel::{Channel, Received};
 use super::control;
 use super::init::{self, Road};
 use super::request::{Operation, Request, parse};
+use super::uring;
 use super::wire::{InitOut, NOTIFY_RESEND, OutHeader, RESENT};
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::fs::{AGREED_BYTES, BackingId, RequestId};
@@ -35,45 +37,54 @@ pub enum Unanswered {
 #[derive(Debug)]
 pub struct Connection {
     descriptors: Vec<OwnedFd>,
+    /// What entries of rings lie in, if requests come by io_uring.
+    memory: Option<OwnedFd>,
     agreed: InitOut,
 }
 
 impl Connection {
-    /// Answers the kernel's INIT on a descriptor that has just been mounted, and opens others of the same connection for
-    /// `threads` threads, unless the user may not open the device. Reading from the first waits for requests, from the second
-    /// it does not, and so on in turns. `passthrough` says whether the kernel may serve files by itself.
+    /// Answers the kernel's INIT on a descriptor that has just been mounted.
+    ///
+    /// By [`Road::Device`] opens others of the same connection for `threads` threads, unless the user may not open the device.
+    /// Reading from the first waits for requests, from the second it does not, and so on in turns. By [`Road::Rings`] the
+    /// kernel holds requests back until there are rings.
     ///
     /// # Errors
-    /// If the kernel speaks no version of the protocol that we do.
-    pub fn begin(device: OwnedFd, threads: usize, passthrough: bool) -> Result<Self> {
-        let (device, agreed) = begin(Channel::new(device), Road::Device { passthrough })?;
+    /// If the kernel speaks no version of the protocol that we do, or does not offer that road.
+    pub fn begin(device: OwnedFd, road: Road, threads: usize) -> Result<Self> {
+        let (device, agreed) = begin(Channel::new(device), road)?;
         let mut descriptors = vec![device];
-        let count = if mount::may_open_device() { threads.min(descriptors_max()) } else { 1 };
+        let count = match road {
+            Road::Device { .. } if mount::may_open_device() => threads.min(descriptors_max()),
+            Road::Device { .. } | Road::Rings => 1,
+        };
         for number in 1..count {
             let clone = control::open_clone(descriptors[0].as_fd(), number % 2 == 0)?;
             descriptors.push(clone);
         }
-        Ok(Self { descriptors, agreed })
-    }
-
-    /// Answers the kernel's INIT on a descriptor that has just been mounted, so that requests will come by io_uring; the
-    /// kernel holds them back until there are rings.
-    ///
-    /// # Errors
-    /// If the kernel speaks no version of the protocol that we do, or none by io_uring.
-    pub(super) fn begin_rings(device: OwnedFd) -> Result<Channel> {
-        begin(Channel::new(device), Road::Rings).map(|(device, _agreed)| Channel::new(device))
+        let memory = match road {
+            Road::Device { .. } => None,
+            Road::Rings => Some(uring::create_memory()?),
+        };
+        Ok(Self { descriptors, memory, agreed })
     }
 
     /// Takes over a connection that another process has begun: all of its descriptors, and what [`Connection::agreed`]
     /// said there.
     ///
     /// # Errors
-    /// [`ErrorKind::Unsupported`] if we cannot keep to what was agreed on.
-    pub fn take_over(descriptors: Vec<OwnedFd>, agreed: &[u8; AGREED_BYTES]) -> Result<Self> {
+    /// [`ErrorKind::Unsupported`] if we cannot keep to what was agreed on, or something is missing.
+    pub fn take_over(mut descriptors: Vec<OwnedFd>, agreed: &[u8; AGREED_BYTES]) -> Result<Self> {
         let agreed = InitOut::read_from_bytes(agreed).expect("as many bytes");
         init::check_agreed(&agreed)?;
-        Ok(Self { descriptors, agreed })
+        let memory = match init::road(&agreed) {
+            Road::Device { .. } => None,
+            Road::Rings => descriptors.pop(),
+        };
+        if descriptors.is_empty() {
+            return Err(Error::new(ErrorKind::Unsupported, "a connection without its descriptors"));
+        }
+        Ok(Self { descriptors, memory, agreed })
     }
 
     /// What was agreed on, for [`Connection::take_over`].
@@ -83,14 +94,19 @@ impl Connection {
         bytes
     }
 
-    /// Its descriptors.
+    /// Its descriptors, in the order in which [`Connection::take_over`] takes them.
     pub fn descriptors(&self) -> impl Iterator<Item = BorrowedFd<'_>> {
-        self.descriptors.iter().map(AsFd::as_fd)
+        self.descriptors.iter().chain(&self.memory).map(AsFd::as_fd)
     }
 
-    /// Whether the kernel can send again what was read and not answered: Linux 6.9 and newer.
+    /// How requests travel.
+    pub fn road(&self) -> Road {
+        init::road(&self.agreed)
+    }
+
+    /// Whether the kernel can send again what was read and not answered: Linux 6.9 and newer, and not by io_uring.
     pub fn can_resend(&self) -> bool {
-        init::can_resend(&self.agreed)
+        self.road() != Road::Rings && init::can_resend(&self.agreed)
     }
 
     /// Whether the kernel can serve files by itself: Linux 6.9 and newer, where it was asked to.
@@ -143,6 +159,17 @@ impl Connection {
         match rustix::io::retry_on_intr(|| rustix::io::write(&self.descriptors[0], notice.as_bytes())) {
             Ok(_) | Err(rustix::io::Errno::NODEV | rustix::io::Errno::NOTCONN) => Ok(()),
             Err(errno) => Err(errno).context(|| "have the kernel send its requests again"),
+        }
+    }
+
+    /// The descriptor that everything is asked by, and the memory of entries, if requests come by io_uring.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Unsupported`] if they do not.
+    pub(super) fn into_rings(self) -> Result<(Channel, OwnedFd)> {
+        match (self.descriptors.into_iter().next(), self.memory) {
+            (Some(device), Some(memory)) => Ok((Channel::new(device), memory)),
+            _ => Err(Error::new(ErrorKind::Unsupported, "a connection without rings")),
         }
     }
 

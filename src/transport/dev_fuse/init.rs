@@ -82,7 +82,7 @@ pub fn negotiate(offer: &InitIn, flags2: u32, road: Road) -> Result<Option<InitO
     }))
 }
 
-/// Whether the kernel can send again what was read and not answered: Linux 6.9 and newer.
+/// Whether the kernel can send again what was read from `/dev/fuse` and not answered: Linux 6.9 and newer.
 pub fn can_resend(agreed: &InitOut) -> bool {
     u64::from(agreed.flags2) << 32 & can::HAS_RESEND != 0
 }
@@ -90,6 +90,14 @@ pub fn can_resend(agreed: &InitOut) -> bool {
 /// Whether the kernel can serve files by itself: Linux 6.9 and newer, where it was asked for.
 pub fn can_pass_through(agreed: &InitOut) -> bool {
     u64::from(agreed.flags2) << 32 & can::PASSTHROUGH != 0
+}
+
+/// How requests travel.
+pub fn road(agreed: &InitOut) -> Road {
+    match u64::from(agreed.flags2) << 32 & can::OVER_IO_URING {
+        0 => Road::Device { passthrough: can_pass_through(agreed) },
+        _ => Road::Rings,
+    }
 }
 
 /// Checks what a process before this one has agreed on: this one must be able to keep to it.
@@ -136,9 +144,9 @@ mod tests {
     #[test]
     fn rings_are_taken_only_where_they_are_wanted_and_offered() {
         let offer = InitIn { major: 7, minor: 45, max_readahead: 0, flags: u32::MAX };
-        let rings = |answer: InitOut| u64::from(answer.flags2) << 32 & can::OVER_IO_URING != 0;
-        assert!(!rings(negotiate(&offer, u32::MAX, DEVICE).unwrap().unwrap()));
-        assert!(rings(negotiate(&offer, u32::MAX, Road::Rings).unwrap().unwrap()));
+        for wanted in [DEVICE, Road::Device { passthrough: true }, Road::Rings] {
+            assert_eq!(road(&negotiate(&offer, u32::MAX, wanted).unwrap().unwrap()), wanted);
+        }
         let error = negotiate(&offer, 0, Road::Rings).unwrap_err();
         assert_eq!(error.kind(), ErrorKind::Unsupported);
     }

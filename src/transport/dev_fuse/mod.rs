@@ -37,5 +37,6 @@ mod wake;
 pub mod wire;
 
 pub use connection::{Connection, Unanswered};
+pub use init::Road;
 pub use session::DevFuseSession;
-pub use uring::{RingSession, require as require_rings};
+pub use uring::{Nudged, RingSession, nudge, require as require_rings};

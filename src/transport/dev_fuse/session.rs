@@ -26,7 +26,8 @@ pub struct DevFuseSession {
 
 impl DevFuseSession {
     /// Starts `threads` threads, at least 1, that read from the descriptors of `connection`. Requests are answered when this
-    /// returns. What becomes of those that an earlier process has left, `unanswered` says.
+    /// returns. What becomes of those that an earlier process has left, `unanswered` says. `begin` is called just before the first
+    /// one is read.
     ///
     /// # Errors
     /// Those of the host.
@@ -35,9 +36,11 @@ impl DevFuseSession {
         fs: Arc<Fs>,
         threads: usize,
         unanswered: Unanswered,
+        begin: impl FnOnce(),
     ) -> Result<Self> {
         wake::prepare()?;
         let server = Arc::new(Server::new(fs, unanswered)?);
+        begin();
         if unanswered != Unanswered::Leave {
             connection.resend()?;
         }
@@ -70,8 +73,7 @@ impl DevFuseSession {
             return Ok(());
         }
         self.take_back()?;
-        let message = format!("some requests still wait for the host's disk after {} s", patience.as_secs());
-        Err(Error::new(ErrorKind::Busy, message))
+        Err(unanswered_after(patience))
     }
 
     /// Reads requests again after [`DevFuseSession::hand_over`].
@@ -85,6 +87,12 @@ impl DevFuseSession {
         *readers = again?;
         Ok(())
     }
+}
+
+/// Why a session is not handed over.
+pub(super) fn unanswered_after(patience: Duration) -> Error {
+    let message = format!("some requests still wait for the host's disk after {} s", patience.as_secs());
+    Error::new(ErrorKind::Busy, message)
 }
 
 /// How many threads of a session there are, and whether one has failed.

@@ -16,7 +16,7 @@ use crate::fs::Errno;
 /// What the thread of a ring shares with those who answer its requests.
 #[derive(Debug)]
 pub struct Desk {
-    pub memory: Memory,
+    pub memory: Arc<Memory>,
     /// Guards which entries are answered and wait for the ring's thread to hand them to the kernel; held for an instant.
     answered: Mutex<Answered>,
     /// Wakes the ring's thread.
@@ -31,15 +31,14 @@ struct Answered {
 }
 
 impl Desk {
-    /// That of a ring with so many entries.
+    /// That of a ring that has entries in `memory`.
     ///
     /// # Errors
     /// Those of the host.
-    pub fn new(entries: usize) -> Result<Self> {
-        let memory = Memory::new(entries)?;
+    pub fn new(memory: Arc<Memory>) -> Result<Self> {
         let bell =
             eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK).context(|| "make an eventfd")?;
-        let answered = Mutex::new(Answered { entries: Vec::with_capacity(entries), asleep: false });
+        let answered = Mutex::new(Answered { entries: Vec::with_capacity(memory.entries()), asleep: false });
         Ok(Self { memory, answered, bell })
     }
 
@@ -60,8 +59,15 @@ impl Desk {
         answered.entries.push(entry);
         let sleeps = std::mem::take(&mut answered.asleep);
         drop(answered);
+        if sleeps {
+            self.ring_bell();
+        }
+    }
+
+    /// Wakes the ring's thread, or has it not sleep the next time.
+    pub fn ring_bell(&self) {
         // Should it be full, it rings.
-        if sleeps && let Err(errno) = rustix::io::write(&self.bell, 1u64.as_bytes()) {
+        if let Err(errno) = rustix::io::write(&self.bell, 1u64.as_bytes()) {
             log::error!("wake the thread of a ring: {errno}");
         }
     }
@@ -220,7 +226,7 @@ mod tests {
 
     #[test]
     fn a_request_reads_as_from_the_device_and_its_answer_takes_its_place() {
-        let desk = Arc::new(Desk::new(2).unwrap());
+        let desk = Arc::new(Desk::new(Arc::new(Memory::anywhere(2))).unwrap());
         let write = WriteIn { fh: 3, size: 5, ..WriteIn::default() };
         put(&desk, 85, write.as_bytes(), b"hello");
         // SAFETY: there is no other `Entry`.
@@ -233,7 +239,7 @@ mod tests {
 
     #[test]
     fn an_entry_that_is_dropped_answers_an_error() {
-        let desk = Arc::new(Desk::new(1).unwrap());
+        let desk = Arc::new(Desk::new(Arc::new(Memory::anywhere(1))).unwrap());
         put(&desk, 40, b"", b"");
         // SAFETY: there is no other `Entry`.
         drop(unsafe { Entry::fetched(Arc::clone(&desk), 0) }.unwrap());
@@ -242,7 +248,7 @@ mod tests {
 
     #[test]
     fn lengths_that_do_not_fit_are_refused() {
-        let desk = Arc::new(Desk::new(1).unwrap());
+        let desk = Arc::new(Desk::new(Arc::new(Memory::anywhere(1))).unwrap());
         for len in [0, 39, 44, 40 + 5 + 129, u32::MAX] {
             put(&desk, len, b"", b"hello");
             // SAFETY: there is no other `Entry`.
@@ -254,7 +260,7 @@ mod tests {
 
     #[test]
     fn only_a_thread_that_sleeps_is_woken() {
-        let desk = Arc::new(Desk::new(1).unwrap());
+        let desk = Arc::new(Desk::new(Arc::new(Memory::anywhere(1))).unwrap());
         let mut bell = [0; 8];
         for sleeps in [false, true] {
             if sleeps {

@@ -8,38 +8,50 @@
 //!
 //! As many requests of a processor as its queue has entries can be under way; others wait in the kernel.
 //!
-//! No other process can take such a connection over: the kernel does not send again what a ring has fetched. Backing reads
-//! and writes are blocking calls of threads here, too. As no process follows this one, writes of a ring could harm
-//! nothing; but the engine does them in steps (room, copy-up, state) that would have to become a machine of states.
+//! Another process can take such a connection over if this one hands it over: the kernel finds the entry of an answer by the number
+//! of its request, whichever ring it comes from. So this process halts its rings (`halt.rs`) once they have all entries, of
+//! which some hold answers and others requests with which nobody has begun; to get them the keeper asks for something on each
+//! processor (`nudge.rs`). Then it ends. The next process hands in the answers and does the requests, and so has the entries.
+//! As long as nobody has any, requests wait in the kernel. The kernel does not send again what a ring has fetched, so if a
+//! process that serves dies, the mount is cut off.
+//!
+//! Backing reads and writes are blocking calls of threads here, too: the engine does them in steps (room, copy-up, state)
+//! that would have to become a machine of states.
 
 mod entry;
+mod halt;
 mod memory;
+mod nudge;
+mod processors;
 mod ring;
 mod serve;
 
 use std::os::fd::OwnedFd;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
-use std::sync::mpsc::{Sender, channel};
+use std::sync::mpsc::{Receiver, Sender, channel};
+use std::time::{Duration, Instant};
 
-use rustix::thread::{CpuSet, sched_setaffinity};
+use parking_lot::Mutex;
 
 pub use entry::Entry;
+pub use nudge::{Nudged, nudge};
 
 use super::channel::Channel;
 use super::connection::{Connection, Unanswered};
 use super::readers::Readers;
 use super::serve::Server;
-use super::session::Tally;
+use super::session::{Tally, unanswered_after};
+use super::wake;
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::fs::Fs;
+use entry::Desk;
+use halt::Halt;
+use memory::Memory;
 use ring::Ring;
 
 /// Whether the kernel lets mounts ask for io_uring: `Y` or `N`.
 const SWITCH: &str = "/sys/module/fuse/parameters/enable_uring";
-
-/// The processors that there may ever be, as ranges. Each has a queue.
-const POSSIBLE: &str = "/sys/devices/system/cpu/possible";
 
 /// Most entries of a queue.
 const DEPTH_MAX: usize = 64;
@@ -76,56 +88,101 @@ fn judge_switch(said: std::io::Result<String>) -> Result<()> {
     }
 }
 
-/// A session of the kernel with the filesystem, by io_uring; ends when the mount goes away.
+/// The memory of the entries of a new connection, to be handed from process to process.
+///
+/// # Errors
+/// Those of the host.
+pub fn create_memory() -> Result<OwnedFd> {
+    let queues = usize::from(processors::count_possible()?);
+    memory::create(queues * (ENTRIES / queues).clamp(DEPTH_MIN, DEPTH_MAX))
+}
+
+/// A session of the kernel with the filesystem, by io_uring; ends when the mount goes away, or is handed over.
 #[derive(Debug)]
 pub struct RingSession {
     server: Arc<Server>,
+    device: Arc<Channel>,
+    /// One for each ring.
+    desks: Vec<Arc<Desk>>,
+    /// Entries of each queue.
+    depth: usize,
+    halt: Arc<Halt>,
     /// Of the rings, and of the thread that reads what comes by the device.
     tally: Arc<Tally>,
+    /// Guards that thread, while it is stopped and another is started.
+    readers: Mutex<Readers>,
+}
+
+/// What the thread of a ring is made of.
+struct Making {
+    device: Arc<Channel>,
+    memory: Arc<Memory>,
+    queues: Vec<u16>,
+    depth: usize,
+    server: Arc<Server>,
+    halt: Arc<Halt>,
+    /// Told of the ring, once there is one.
+    made: Sender<Result<Arc<Desk>>>,
+    /// Says that requests may be fetched.
+    go: Receiver<()>,
+    /// Told once they are.
+    registered: Sender<Result<()>>,
 }
 
 impl RingSession {
-    /// Answers the kernel's INIT on a descriptor that has just been mounted and starts a thread with a ring for each
-    /// processor, but at most `threads` of them, which then share the processors. Requests are answered when this returns.
+    /// Starts a thread with a ring for each processor, but at most `threads` of them, which then share the processors, and goes on
+    /// with what a process before this one has handed over. `begin` is called just before the first request is taken: if it
+    /// fails before that, nothing has changed. Requests are answered when this returns.
     ///
     /// # Errors
-    /// [`ErrorKind::Unsupported`] if the kernel does not offer it; those of the host.
-    pub fn start(device: OwnedFd, fs: Arc<Fs>, threads: usize) -> Result<Self> {
-        let text = std::fs::read_to_string(POSSIBLE).context(|| format!("read {POSSIBLE}"))?;
-        let queues = count_processors(&text)
-            .ok_or_else(|| Error::new(ErrorKind::Unsupported, format!("{POSSIBLE}: not understood")))?;
-        let device = Arc::new(Connection::begin_rings(device)?);
+    /// Those of the kernel, and of the host.
+    pub fn start(connection: Connection, fs: Arc<Fs>, threads: usize, begin: impl FnOnce()) -> Result<Self> {
+        wake::prepare()?;
+        let queues = processors::count_possible()?;
+        let (device, memory) = connection.into_rings()?;
+        let (device, memory) = (Arc::new(device), Arc::new(Memory::map(&memory)?));
+        let depth = memory.entries() / usize::from(queues);
+        if depth * usize::from(queues) != memory.entries() {
+            return Err(Error::new(ErrorKind::Unsupported, "the rings are those of other processors"));
+        }
         let server = Arc::new(Server::new(fs, Unanswered::Leave)?);
+        let (halt, tally) = (Arc::new(Halt::default()), Arc::new(Tally::default()));
         let rings = threads.clamp(1, usize::from(queues));
-        let depth = (ENTRIES / usize::from(queues)).clamp(DEPTH_MIN, DEPTH_MAX);
-        let tally = Arc::new(Tally::default());
-        let (report, registered) = channel();
+        let ((made, makings), (registered, registrations)) = (channel(), channel());
+        let mut goes = Vec::new();
         for number in 0..rings {
-            let own: Vec<u16> = (0..queues).skip(number).step_by(rings).collect();
-            let (device, server) = (Arc::clone(&device), Arc::clone(&server));
-            let (told, report) = (Arc::clone(&tally), report.clone());
-            let serve = move || serve_queues(device, &own, depth, &server, report);
-            let work = move || {
-                let ended = catch_unwind(AssertUnwindSafe(serve)).unwrap_or_else(|_told| Err(ended_early()));
-                told.end(ended);
+            let (sender, go) = channel();
+            goes.push(sender);
+            let making = Making {
+                device: Arc::clone(&device),
+                memory: Arc::clone(&memory),
+                queues: (0..queues).skip(number).step_by(rings).collect(),
+                depth,
+                server: Arc::clone(&server),
+                halt: Arc::clone(&halt),
+                made: made.clone(),
+                go,
+                registered: registered.clone(),
             };
-            let thread = std::thread::Builder::new().name(format!("ring-{number}"));
-            tally.begin();
-            thread
-                .spawn(work)
-                .context(|| "start a thread of the session")
-                .inspect_err(|_| tally.end(Ok(())))?;
+            spawn(number, &tally, making)?;
         }
-        drop(report);
-        for _ in 0..rings {
-            registered.recv().map_err(|_| ended_early())??;
-        }
+        drop((made, registered));
+        let desks =
+            (0..rings).map(|_| makings.recv().map_err(|_| ended_early())?).collect::<Result<Vec<_>>>()?;
         log::info!("{rings} rings for {queues} processors, {depth} requests each");
-        Readers::start(&[device], 1, &server, &tally)?;
-        Ok(Self { server, tally })
+        begin();
+        // One that is not there any more has reported why.
+        for go in goes {
+            let _ = go.send(());
+        }
+        for _ in 0..rings {
+            registrations.recv().map_err(|_| ended_early())??;
+        }
+        let readers = Mutex::new(Readers::start(&[Arc::clone(&device)], 1, &server, &tally)?);
+        Ok(Self { server, device, desks, depth, halt, tally, readers })
     }
 
-    /// Waits until the mount has gone away and every request is answered.
+    /// Waits until the mount has gone away and every request is answered. Never returns once it was handed over.
     ///
     /// # Errors
     /// If a thread ended before that.
@@ -135,70 +192,101 @@ impl RingSession {
         self.server.finish(None);
         Ok(())
     }
+
+    /// Takes all entries from the kernel, and answers all requests that were begun, so that another process can take over when
+    /// this one has ended. Requests wait meanwhile. `nudge` has somebody else ask so often on each of these processors for
+    /// something; only the next process answers.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Busy`] if some are not answered within `patience`, [`ErrorKind::Unsupported`] if nobody can ask on all
+    /// processors; those of `nudge`, and of [`RingSession::take_back`]. The session goes on then.
+    pub fn hand_over(
+        &self,
+        patience: Duration,
+        nudge: impl FnOnce(Vec<u16>, usize) -> Result<()>,
+    ) -> Result<()> {
+        let online = processors::online()?;
+        processors::require(&online)?;
+        let until = Instant::now() + patience;
+        self.halt.begin(online.clone());
+        self.desks.iter().for_each(|desk| desk.ring_bell());
+        let result = nudge(online.into_iter().collect(), self.depth).and_then(|()| {
+            let readers = self.readers.lock().stop(until);
+            let halted = self.halt.wait(self.desks.len(), until);
+            match (self.server.finish(Some(until)) && readers, halted) {
+                (true, true) => Ok(()),
+                (true, false) => {
+                    let message =
+                        format!("the kernel has not given all entries back within {} s", patience.as_secs());
+                    Err(Error::new(ErrorKind::Busy, message))
+                }
+                (false, _) => Err(unanswered_after(patience)),
+            }
+        });
+        result.map_err(|error| self.take_back().err().unwrap_or(error))
+    }
+
+    /// Serves on after [`RingSession::hand_over`].
+    ///
+    /// # Errors
+    /// If there is no thread to be had.
+    pub fn take_back(&self) -> Result<()> {
+        let mut readers = self.readers.lock();
+        self.halt.end();
+        // Those that have not halted hold requests, too. A thread that has not stopped yet will.
+        self.desks.iter().for_each(|desk| desk.ring_bell());
+        *readers = Readers::start(&[Arc::clone(&self.device)], 1, &self.server, &self.tally)?;
+        Ok(())
+    }
 }
 
 fn ended_early() -> Error {
     Error::new(ErrorKind::Io, "the thread of a ring panicked, which is a bug in cowdisk")
 }
 
-/// Serves the kernel's `queues` by a ring of the calling thread until the mount goes away, if that can begin: `report` is
-/// told.
-fn serve_queues(
-    device: Arc<Channel>,
-    queues: &[u16],
-    depth: usize,
-    server: &Server,
-    report: Sender<Result<()>>,
-) -> Result<()> {
-    stay_on(queues);
-    let (begun, ring) = match Ring::register(device, queues, depth) {
-        Ok(ring) => (Ok(()), Some(ring)),
-        Err(error) => (Err(error), None),
+fn spawn(number: usize, tally: &Arc<Tally>, making: Making) -> Result<()> {
+    let told = Arc::clone(tally);
+    let work = move || {
+        let serve = AssertUnwindSafe(|| serve_queues(making));
+        told.end(catch_unwind(serve).unwrap_or_else(|_told| Err(ended_early())));
     };
-    // Nobody listens if another ring could not begin: then the mount goes away.
-    let _ = report.send(begun);
-    drop(report);
-    ring.map_or(Ok(()), |ring| ring.run(server))
+    tally.begin();
+    let spawned = std::thread::Builder::new().name(format!("ring-{number}")).spawn(work);
+    spawned.map(drop).context(|| "start a thread of the session").inspect_err(|_| tally.end(Ok(())))
 }
 
-/// Keeps the calling thread on these processors, where that is allowed: a request is then done where it was made.
-fn stay_on(processors: &[u16]) {
-    let mut set = CpuSet::new();
-    for processor in processors {
-        if usize::from(*processor) < CpuSet::MAX_CPU {
-            set.set((*processor).into());
+/// Serves the kernel's queues by a ring of the calling thread until the mount goes away, if that can begin: whoever makes it is
+/// told.
+fn serve_queues(making: Making) -> Result<()> {
+    let Making { device, memory, queues, depth, server, halt, made, go, registered } = making;
+    // A request is then done where it was made. If none of them is there, or ours, the scheduler chooses.
+    if let Err(error) = processors::stay_on(&queues) {
+        log::debug!("stay on processors {queues:?}: {error}");
+    }
+    let mut ring = match Ring::new(device, &memory, &queues, depth) {
+        Ok(ring) => ring,
+        Err(error) => {
+            // Nobody listens if another ring could not be made: then this process ends.
+            let _ = made.send(Err(error));
+            return Ok(());
         }
+    };
+    let _ = made.send(Ok(ring.desk()));
+    drop(made);
+    if go.recv().is_err() {
+        return Ok(());
     }
-    // One that is not there, or not ours: the scheduler chooses.
-    if let Err(errno) = sched_setaffinity(None, &set) {
-        log::debug!("stay on processors {processors:?}: {errno}");
-    }
-}
-
-/// How many processors a list of ranges names (`0-3,8`).
-fn count_processors(text: &str) -> Option<u16> {
-    let mut count = 0u16;
-    for range in text.trim().split(',') {
-        let (first, last) = range.split_once('-').unwrap_or((range, range));
-        let (first, last) = (first.parse::<u16>().ok()?, last.parse::<u16>().ok()?);
-        count = count.checked_add(last.checked_sub(first)?)?.checked_add(1)?;
-    }
-    Some(count)
+    let begun = ring.register();
+    let has_begun = begun.is_ok();
+    // As above.
+    let _ = registered.send(begun);
+    drop(registered);
+    if has_begun { ring.run(&server, &halt) } else { Ok(()) }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn processors_are_counted() {
-        for (text, count) in [("0\n", Some(1)), ("0-3\n", Some(4)), ("0-3,8-9,12", Some(7))] {
-            assert_eq!(count_processors(text), count);
-        }
-        for text in ["", "x", "3-1", "0-65535", "1-"] {
-            assert_eq!(count_processors(text), None, "{text:?}");
-        }
-    }
 
     #[test]
     fn a_host_that_has_it_switched_off_or_not_at_all_is_told_what_to_do() {

@@ -1,6 +1,7 @@
 //! The thread of a ring: it fetches requests from the kernel, does them or has them done, and hands in the answers.
 #![allow(unsafe_code)]
 
+use std::collections::BTreeSet;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd};
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -17,7 +18,8 @@ use super::super::crew::{Crew, Hand};
 use super::super::serve::Server;
 use super::super::wire::{RingCommand, RingHead, ring_command};
 use super::entry::{Desk, Entry};
-use super::memory::PAYLOAD_BYTES;
+use super::halt::Halt;
+use super::memory::{Memory, Note, PAYLOAD_BYTES};
 use crate::error::{Context, Error, ErrorKind, Result};
 
 /// What the kernel tells of the bell instead of an entry's number.
@@ -26,15 +28,34 @@ const BELL: u64 = u64::MAX;
 /// How long the thread waits after an error of the host that may pass.
 const ERROR_PAUSE: Duration = Duration::from_millis(1);
 
+/// Who has an entry.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Hold {
+    /// Another ring.
+    Other,
+    /// Nobody: the kernel does not take it any more.
+    Lost,
+    /// The kernel.
+    Kernel,
+    /// An [`Entry`].
+    Entry,
+    /// This ring: it holds a request with which nobody has begun.
+    Request,
+    /// This ring: it holds an answer.
+    Answer,
+}
+
 /// A ring of io_uring with the memory of its entries. It belongs to one thread.
 pub struct Ring {
     // Dropped before the memory that the kernel writes to by it.
     ring: IoUring<Entry128, cqueue::Entry>,
     desk: Arc<Desk>,
     channel: Arc<Channel>,
-    /// Of each entry the kernel's queue to which it belongs.
-    queues: Vec<u16>,
-    /// Entries that the kernel knows.
+    /// Who has each entry of the memory.
+    holds: Vec<Hold>,
+    /// Entries of each queue of the kernel.
+    depth: usize,
+    /// Entries that are this ring's.
     alive: usize,
     /// Where the bell's count is read to. On the heap, so that it stays where it is.
     rang: Box<u64>,
@@ -58,81 +79,156 @@ pub fn build(entries: u32) -> Result<IoUring<Entry128, cqueue::Entry>> {
     })
 }
 
+/// The entries of a queue.
+fn entries_of(queue: u16, depth: usize) -> std::ops::Range<usize> {
+    let first = usize::from(queue) * depth;
+    first..first + depth
+}
+
 /// Whether an outcome says that the mount has gone away.
 fn is_end(errno: i32) -> bool {
     matches!(errno, libc::ENOTCONN | libc::ECONNABORTED | libc::ENODEV | libc::ECANCELED)
 }
 
 impl Ring {
-    /// A ring that serves the kernel's `queues`, with `depth` entries for each, and registers all of them. To be made by
-    /// the thread that runs it.
+    /// A ring for the kernel's `queues`, each of which has `depth` entries in `memory`, as a process before this one has left them
+    /// there. The kernel is told nothing yet. To be made by the thread that runs it.
     ///
     /// # Errors
-    /// Those of the kernel.
-    pub fn register(channel: Arc<Channel>, queues: &[u16], depth: usize) -> Result<Self> {
-        let queues: Vec<u16> = queues.iter().flat_map(|queue| std::iter::repeat_n(*queue, depth)).collect();
-        let entries = queues.len();
-        let desk = Arc::new(Desk::new(entries)?);
-        // One more for the bell.
-        let ring = build(u32::try_from(entries + 1).expect("a few thousand"))?;
-        let mut this = Self {
-            ring,
-            desk,
+    /// Those of the host; if it was left what we do not know.
+    pub fn new(channel: Arc<Channel>, memory: &Arc<Memory>, queues: &[u16], depth: usize) -> Result<Self> {
+        let mut holds = vec![Hold::Other; memory.entries()];
+        for entry in queues.iter().flat_map(|queue| entries_of(*queue, depth)) {
+            holds[entry] = match memory.note(entry)? {
+                Note::Unknown => Hold::Kernel,
+                Note::Request => Hold::Request,
+                Note::Answer => Hold::Answer,
+            };
+        }
+        let entries = queues.len() * depth;
+        Ok(Self {
+            // One more for the bell.
+            ring: build(u32::try_from(entries + 1).expect("a few thousand"))?,
+            desk: Arc::new(Desk::new(Arc::clone(memory))?),
             channel,
-            queues,
+            holds,
+            depth,
             alive: entries,
             rang: Box::new(0),
             answered: Vec::with_capacity(entries),
             told: Vec::with_capacity(entries + 1),
-        };
-        let places: Vec<_> = (0..entries).map(|entry| this.place(entry)).collect();
-        for (entry, place) in places.iter().enumerate() {
+        })
+    }
+
+    /// What others need to wake it.
+    pub fn desk(&self) -> Arc<Desk> {
+        Arc::clone(&self.desk)
+    }
+
+    /// Makes those entries known to the kernel that it does not know.
+    ///
+    /// # Errors
+    /// Those of the kernel.
+    pub fn register(&mut self) -> Result<()> {
+        let unknown: Vec<_> = self.holding(Hold::Kernel).collect();
+        let places: Vec<_> = unknown.iter().map(|entry| self.place(*entry)).collect();
+        for (entry, place) in unknown.iter().zip(&places) {
             // SAFETY: `places` lives until the kernel has read it, at the submission below.
-            unsafe { this.push_register(entry, place)? };
+            unsafe { self.push_register(*entry, place)? };
         }
-        this.push_bell()?;
+        self.push_bell()?;
         let what = || "register with the kernel's FUSE";
-        if this.ring.submit().context(what)? != entries + 1 {
+        if self.ring.submit().context(what)? != unknown.len() + 1 {
             return Err(Error::new(ErrorKind::Io, format!("{}: it does not take all entries", what())));
         }
-        this.listen();
-        match this.told.iter().find(|(number, outcome)| *number != BELL && *outcome < 0) {
+        self.listen();
+        match self.told.iter().find(|(number, outcome)| *number != BELL && *outcome < 0) {
             Some((_, outcome)) => Err(io::Error::from_raw_os_error(-outcome)).context(what),
-            None => Ok(this),
+            None => Ok(()),
         }
     }
 
-    /// Serves until the mount goes away.
+    /// Serves until the mount goes away, but while the session is to halt.
     ///
     /// # Errors
     /// If the kernel no longer takes part although the mount is there.
-    pub fn run(mut self, server: &Server) -> Result<()> {
+    pub fn run(mut self, server: &Server, halt: &Halt) -> Result<()> {
         // A crew of one never lets its hand leave: whoever waits for the host's disk is a thread of a lane.
         let crew = Crew::new(1);
         let hand = Hand::of(&crew);
-        let mut lost = 0;
+        let (all, mut lost) = (self.alive, 0);
+        let mut held = true;
         while self.alive > 0 {
+            let halts = halt.is_on();
+            if std::mem::replace(&mut held, halts) && !halts {
+                self.go_on(server, &hand)?;
+            }
             let mut told = std::mem::take(&mut self.told);
             for (number, outcome) in told.drain(..) {
                 match usize::try_from(number) {
                     _ if number == BELL => self.hear_bell(outcome)?,
+                    Ok(entry) if outcome == 0 && halts => self.holds[entry] = Hold::Request,
                     Ok(entry) if outcome == 0 => self.serve(entry, server, &hand),
-                    _ if is_end(-outcome) => self.alive -= 1,
-                    _ => {
-                        let error = io::Error::from_raw_os_error(-outcome);
-                        log::error!("fetch a request by io_uring: {error}");
+                    Ok(entry) => {
+                        self.holds[entry] = Hold::Lost;
                         self.alive -= 1;
-                        lost += 1;
+                        if !is_end(-outcome) {
+                            let error = io::Error::from_raw_os_error(-outcome);
+                            log::error!("fetch a request by io_uring: {error}");
+                            lost += 1;
+                        }
                     }
+                    Err(_) => {}
                 }
             }
             self.told = told;
-            if self.alive > 0 {
+            self.take_answers(halts)?;
+            if halts && self.has_all_of(&halt.queues()) {
+                self.leave_notes();
+                halt.stand_still();
+                self.desk.wake();
+            } else if self.alive > 0 {
                 self.exchange()?;
             }
         }
-        if lost == self.queues.len() {
+        if lost == all {
             return Err(Error::new(ErrorKind::Io, "the kernel takes no answers by io_uring any more"));
+        }
+        Ok(())
+    }
+
+    /// The entries that it holds so.
+    fn holding(&self, hold: Hold) -> impl Iterator<Item = usize> {
+        self.holds.iter().enumerate().filter(move |(_, held)| **held == hold).map(|(entry, _)| entry)
+    }
+
+    /// Whether neither the kernel nor anybody else has an entry of these queues.
+    fn has_all_of(&self, queues: &BTreeSet<u16>) -> bool {
+        let is_of_them = |entry| queues.contains(&self.queue_of(entry));
+        self.holding(Hold::Entry).next().is_none() && !self.holding(Hold::Kernel).any(is_of_them)
+    }
+
+    /// Leaves word of what each entry holds for the process that may take them over.
+    fn leave_notes(&self) {
+        for (entry, held) in self.holds.iter().enumerate() {
+            let note = match held {
+                Hold::Other => continue,
+                // What the kernel still has it gives up when this thread ends.
+                Hold::Lost | Hold::Kernel | Hold::Entry => Note::Unknown,
+                Hold::Request => Note::Request,
+                Hold::Answer => Note::Answer,
+            };
+            self.desk.memory.leave_note(entry, note);
+        }
+    }
+
+    /// Does the requests that it holds, and hands in the answers.
+    fn go_on(&mut self, server: &Server, hand: &Hand<'_>) -> Result<()> {
+        for entry in self.holding(Hold::Answer).collect::<Vec<_>>() {
+            self.push_commit(entry)?;
+        }
+        for entry in self.holding(Hold::Request).collect::<Vec<_>>() {
+            self.serve(entry, server, hand);
         }
         Ok(())
     }
@@ -145,14 +241,24 @@ impl Ring {
         self.push_bell()
     }
 
-    /// Hands in all answers and waits until the kernel has something to tell.
-    fn exchange(&mut self) -> Result<()> {
+    /// Takes all answers, to be handed in by [`Ring::exchange`] unless they are to be held. From now on whoever answers rings the
+    /// bell.
+    fn take_answers(&mut self, holds: bool) -> Result<()> {
         let mut answered = std::mem::take(&mut self.answered);
         self.desk.take_and_sleep(&mut answered);
         for entry in answered.drain(..) {
-            self.push_commit(entry)?;
+            if holds {
+                self.holds[entry] = Hold::Answer;
+            } else {
+                self.push_commit(entry)?;
+            }
         }
         self.answered = answered;
+        Ok(())
+    }
+
+    /// Hands in the answers that were taken and waits until the kernel has something to tell.
+    fn exchange(&mut self) -> Result<()> {
         match self.ring.submit_and_wait(1) {
             Ok(_) => {}
             Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
@@ -172,9 +278,10 @@ impl Ring {
         self.told.extend(self.ring.completion().map(|outcome| (outcome.user_data(), outcome.result())));
     }
 
-    fn serve(&self, entry: usize, server: &Server, hand: &Hand<'_>) {
-        // SAFETY: the kernel has told that this entry holds a request; it gets it back by `push_commit` alone, which
-        // follows the end of this `Entry`.
+    fn serve(&mut self, entry: usize, server: &Server, hand: &Hand<'_>) {
+        self.holds[entry] = Hold::Entry;
+        // SAFETY: the kernel has told us, or the process before us, that this entry holds a request; it gets it back by
+        // `push_commit` alone, which follows the end of this `Entry`.
         let Ok(fetched) = (unsafe { Entry::fetched(Arc::clone(&self.desk), entry) }) else {
             log::error!("the kernel sent a request whose lengths do not fit");
             return;
@@ -197,7 +304,7 @@ impl Ring {
     /// # Safety
     /// `place` stays where it is until it is submitted.
     unsafe fn push_register(&mut self, entry: usize, place: &[libc::iovec; 2]) -> Result<()> {
-        let command = RingCommand { qid: self.queues[entry], ..RingCommand::default() };
+        let command = RingCommand { qid: self.queue_of(entry), ..RingCommand::default() };
         let address = u64::try_from(place.as_ptr().addr()).expect("an address fits 64 bits");
         let operation = opcode::UringCmd80::new(self.device(), ring_command::REGISTER)
             .cmd(padded(&command))
@@ -211,12 +318,14 @@ impl Ring {
     fn push_commit(&mut self, entry: usize) -> Result<()> {
         // SAFETY: the `Entry` has ended, and the kernel does not have the entry yet.
         let commit_id = unsafe { self.desk.memory.head(entry).as_ref() }.ent.commit_id;
-        let command = RingCommand { commit_id, qid: self.queues[entry], ..RingCommand::default() };
+        let command = RingCommand { commit_id, qid: self.queue_of(entry), ..RingCommand::default() };
         let operation = opcode::UringCmd80::new(self.device(), ring_command::COMMIT_AND_FETCH)
             .cmd(padded(&command))
             .build();
         // SAFETY: it refers to nothing but the memory that was registered, which outlives the ring.
-        unsafe { self.push(operation, entry as u64) }
+        unsafe { self.push(operation, entry as u64)? };
+        self.holds[entry] = Hold::Kernel;
+        Ok(())
     }
 
     /// Has the kernel tell when somebody rings the bell.
@@ -225,6 +334,10 @@ impl Ring {
         let operation = opcode::Read::new(bell, NonNull::from(&mut *self.rang).as_ptr().cast(), 8).build();
         // SAFETY: eventfd and number live as long as the ring, and nobody looks at the number.
         unsafe { self.push(operation.into(), BELL) }
+    }
+
+    fn queue_of(&self, entry: usize) -> u16 {
+        u16::try_from(entry / self.depth).expect("as many queues as processors")
     }
 
     fn device(&self) -> types::Fd {
@@ -258,9 +371,6 @@ fn with_len(mut operation: Entry128, len: u32) -> Entry128 {
 
 impl std::fmt::Debug for Ring {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Ring")
-            .field("queues", &self.queues)
-            .field("alive", &self.alive)
-            .finish_non_exhaustive()
+        f.debug_struct("Ring").field("depth", &self.depth).field("alive", &self.alive).finish_non_exhaustive()
     }
 }

@@ -15,8 +15,9 @@
 //! As long as nobody has any, requests wait in the kernel. The kernel does not send again what a ring has fetched, so if a
 //! process that serves dies, the mount is cut off.
 //!
-//! Backing reads and writes are blocking calls of threads here, too: the engine does them in steps (room, copy-up, state)
-//! that would have to become a machine of states.
+//! Direct reads of a disk's own data are operations of the ring. Other backing reads, and writes, are blocking calls of threads
+//! here, too: the engine does most writes in steps (room, copy-up, state) that would have to become a machine of states, and
+//! what a ring writes may land after its process has gone.
 
 mod entry;
 mod halt;

@@ -1,7 +1,7 @@
 //! The thread of a ring: it fetches requests from the kernel, does them or has them done, and hands in the answers.
 #![allow(unsafe_code)]
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeSet, HashMap};
 use std::io;
 use std::os::fd::{AsFd, AsRawFd};
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -20,10 +20,14 @@ use super::super::wire::{RingCommand, RingHead, ring_command};
 use super::entry::{Desk, Entry};
 use super::halt::Halt;
 use super::memory::{Memory, Note, PAYLOAD_BYTES};
+use super::serve::RingRead;
 use crate::error::{Context, Error, ErrorKind, Result};
 
 /// What the kernel tells of the bell instead of an entry's number.
 const BELL: u64 = u64::MAX;
+
+/// Set in what the kernel tells of a read of the host's disk, beside its entry's number.
+const READ: u64 = 1 << 62;
 
 /// How long the thread waits after an error of the host that may pass.
 const ERROR_PAUSE: Duration = Duration::from_millis(1);
@@ -50,6 +54,8 @@ pub struct Ring {
     // Dropped before the memory that the kernel writes to by it.
     ring: IoUring<Entry128, cqueue::Entry>,
     desk: Arc<Desk>,
+    /// Reads under way, by their entries.
+    reads: HashMap<usize, RingRead>,
     channel: Arc<Channel>,
     /// Who has each entry of the memory.
     holds: Vec<Hold>,
@@ -110,6 +116,7 @@ impl Ring {
             // One more for the bell.
             ring: build(u32::try_from(entries + 1).expect("a few thousand"))?,
             desk: Arc::new(Desk::new(Arc::clone(memory))?),
+            reads: HashMap::new(),
             channel,
             holds,
             depth,
@@ -165,10 +172,11 @@ impl Ring {
             }
             let mut told = std::mem::take(&mut self.told);
             for (number, outcome) in told.drain(..) {
-                match usize::try_from(number) {
+                match usize::try_from(number & !READ) {
                     _ if number == BELL => self.hear_bell(outcome)?,
+                    Ok(entry) if number & READ != 0 => self.end_read(entry, outcome, server),
                     Ok(entry) if outcome == 0 && halts => self.holds[entry] = Hold::Request,
-                    Ok(entry) if outcome == 0 => self.serve(entry, server, &hand),
+                    Ok(entry) if outcome == 0 => self.serve(entry, server, &hand)?,
                     Ok(entry) => {
                         self.holds[entry] = Hold::Lost;
                         self.alive -= 1;
@@ -228,7 +236,7 @@ impl Ring {
             self.push_commit(entry)?;
         }
         for entry in self.holding(Hold::Request).collect::<Vec<_>>() {
-            self.serve(entry, server, hand);
+            self.serve(entry, server, hand)?;
         }
         Ok(())
     }
@@ -278,16 +286,27 @@ impl Ring {
         self.told.extend(self.ring.completion().map(|outcome| (outcome.user_data(), outcome.result())));
     }
 
-    fn serve(&mut self, entry: usize, server: &Server, hand: &Hand<'_>) {
+    fn serve(&mut self, entry: usize, server: &Server, hand: &Hand<'_>) -> Result<()> {
         self.holds[entry] = Hold::Entry;
         // SAFETY: the kernel has told us, or the process before us, that this entry holds a request; it gets it back by
         // `push_commit` alone, which follows the end of this `Entry`.
         let Ok(fetched) = (unsafe { Entry::fetched(Arc::clone(&self.desk), entry) }) else {
             log::error!("the kernel sent a request whose lengths do not fit");
-            return;
+            return Ok(());
         };
         // The hook has told of the panic, and EIO was answered as it unwound. This thread must serve the next.
-        let _ = catch_unwind(AssertUnwindSafe(|| server.serve_entry(hand, fetched)));
+        match catch_unwind(AssertUnwindSafe(|| server.serve_entry(hand, fetched))) {
+            Ok(Some(read)) => self.push_read(entry, read),
+            Ok(None) | Err(_) => Ok(()),
+        }
+    }
+
+    /// A read has ended, so.
+    fn end_read(&mut self, entry: usize, outcome: i32, server: &Server) {
+        let Some(read) = self.reads.remove(&entry) else { return };
+        let count = usize::try_from(outcome).map_err(|_| io::Error::from_raw_os_error(-outcome));
+        // As above.
+        let _ = catch_unwind(AssertUnwindSafe(|| server.end_read(read, count)));
     }
 
     /// Head and payload of an entry, as REGISTER takes them.
@@ -328,6 +347,18 @@ impl Ring {
         Ok(())
     }
 
+    /// Begins a read of the host's disk.
+    fn push_read(&mut self, entry: usize, mut read: RingRead) -> Result<()> {
+        let (file, at) = (types::Fd(read.placed.file().as_raw_fd()), read.placed.at());
+        let room = read.room();
+        let len = u32::try_from(room.len()).expect("1 MiB");
+        let operation = opcode::Read::new(file, room.as_mut_ptr(), len).offset(at).build();
+        self.reads.insert(entry, read);
+        // SAFETY: `reads` keeps file and entry until the read has ended, and then gives them away; should this ring be dropped
+        // before that, its memory stays.
+        unsafe { self.push(operation.into(), READ | entry as u64) }
+    }
+
     /// Has the kernel tell when somebody rings the bell.
     fn push_bell(&mut self) -> Result<()> {
         let bell = types::Fd(self.desk.bell.as_fd().as_raw_fd());
@@ -349,7 +380,7 @@ impl Ring {
     unsafe fn push(&mut self, operation: Entry128, number: u64) -> Result<()> {
         // SAFETY: promised by the caller.
         let pushed = unsafe { self.ring.submission().push(&operation.user_data(number)) };
-        // There is room for all entries and the bell, and each waits there once at most.
+        // There is room for all entries and the bell, and each waits there once at most: it is handed in, or read into.
         pushed.map_err(|_full| Error::new(ErrorKind::Io, "an io_uring has no room"))
     }
 }
@@ -367,6 +398,15 @@ fn with_len(mut operation: Entry128, len: u32) -> Entry128 {
     // SAFETY: the operation is the kernel's `struct io_uring_sqe` in C's layout, in which `len` is the 32 bits at byte 24.
     unsafe { (&raw mut operation).cast::<u8>().add(OFFSET).cast::<u32>().write(len) };
     operation
+}
+
+impl Drop for Ring {
+    fn drop(&mut self) {
+        if !self.reads.is_empty() {
+            // The thread has failed, and the kernel may still read into the memory: it must stay, and no entry be answered.
+            std::mem::forget((Arc::clone(&self.desk), std::mem::take(&mut self.reads)));
+        }
+    }
 }
 
 impl std::fmt::Debug for Ring {

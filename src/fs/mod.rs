@@ -38,7 +38,7 @@ pub use handles::HandleId;
 pub use ledger::{AGREED_BYTES, Ledger};
 pub use open_disks::{DiskFigures, DiskKey, DiskState};
 pub use open_file::OpenMode;
-pub use passthrough::{BackingId, Passthrough, ServedBy};
+pub use passthrough::{BackingId, Opened, Passthrough, ServedBy};
 pub use placed::Placed;
 pub use tree::Entry;
 
@@ -92,15 +92,6 @@ pub struct Fs {
     numbers: Mutex<Numbers>,
     /// Guards the records of owners, modes and extended attributes from reading one to writing it back.
     records: Mutex<()>,
-}
-
-/// A file that was opened.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Opened {
-    /// Its number.
-    pub handle: HandleId,
-    /// What the kernel takes reads and writes of it to, if not to us.
-    pub backing: Option<BackingId>,
 }
 
 /// Which request of the kernel something is done for.
@@ -204,21 +195,6 @@ impl Fs {
             let handle = self.insert(file, Kept { ino, write: mode.write, directory: false }, request)?;
             Ok(self.opened(handle))
         })
-    }
-
-    /// What to tell of a file that was opened, now or by an earlier process.
-    fn opened(&self, handle: HandleId) -> Opened {
-        let backing = match self.file(handle).as_deref() {
-            Ok(OpenFile::Disk(disk)) => self.disks.served_by(disk).backing(),
-            // Of what cannot be opened again each request is told why.
-            Ok(_) | Err(_) => None,
-        };
-        Opened { handle, backing }
-    }
-
-    /// Has disks left to the kernel by `passthrough` from now on. To be called once, before any is opened.
-    pub fn pass_through(&self, passthrough: Arc<dyn Passthrough>) {
-        self.disks.pass_through(passthrough);
     }
 
     /// What an earlier process has opened for this very request.

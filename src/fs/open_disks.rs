@@ -190,6 +190,11 @@ impl OpenDisks {
         let _ = self.passthrough.set(passthrough);
     }
 
+    /// Whether any disk may be left to the kernel.
+    pub fn can_pass(&self) -> bool {
+        self.passthrough.get().is_some()
+    }
+
     /// By whom a disk is served that a file has been opened of. Whoever may have to close it in our place already knows of
     /// that file, so no disk is left to the kernel that nobody will take back.
     pub fn served_by<'a>(&self, open: &'a OpenDisk) -> &'a ServedBy {

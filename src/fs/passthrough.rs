@@ -9,8 +9,12 @@
 
 use std::fmt::Debug;
 use std::os::fd::BorrowedFd;
+use std::sync::Arc;
 
+use super::Fs;
+use super::handles::HandleId;
 use super::open_disks::DiskKey;
+use super::open_file::OpenFile;
 use crate::error::Result;
 
 /// Number by which the kernel knows a file that it serves by itself, at least 1.
@@ -55,5 +59,35 @@ impl ServedBy {
             Self::Kernel(backing) => Some(*backing),
             Self::Daemon(_) => None,
         }
+    }
+}
+
+/// A file that was opened.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Opened {
+    /// Its number.
+    pub handle: HandleId,
+    /// What the kernel takes reads and writes of it to, if not to us.
+    pub backing: Option<BackingId>,
+}
+
+impl Fs {
+    /// What to tell of a file that was opened, now or by an earlier process. Where no disk is left to the kernel, what an earlier
+    /// one had opened is not opened again for that.
+    pub(super) fn opened(&self, handle: HandleId) -> Opened {
+        if !self.disks.can_pass() {
+            return Opened { handle, backing: None };
+        }
+        let backing = match self.file(handle).as_deref() {
+            Ok(OpenFile::Disk(disk)) => self.disks.served_by(disk).backing(),
+            // Of what cannot be opened again each request is told why.
+            Ok(_) | Err(_) => None,
+        };
+        Opened { handle, backing }
+    }
+
+    /// Has disks left to the kernel by `passthrough` from now on. To be called once, before any is opened.
+    pub fn pass_through(&self, passthrough: Arc<dyn Passthrough>) {
+        self.disks.pass_through(passthrough);
     }
 }

@@ -151,6 +151,36 @@ fn metrics_count_what_guests_do() {
     mounted.umount();
 }
 
+#[test]
+fn who_serves_a_disk_is_shown_and_a_mount_says_why_the_kernel_will_not() {
+    needs_mount();
+    let place = Place::furnished();
+    place.works(&["instance", "create", "copy", "--image", "img", "--no-cow"]);
+    let mnt = place.path("mnt");
+    let mount = |options: &str| text(&place.run(&["mount", "-o", options, &mnt]).stderr);
+    assert_eq!(
+        mount("transport=fuser,passthrough=auto"),
+        "cowdisk: warn: no disk is left to the kernel: the transport fuser cannot\n"
+    );
+    place.works(&["umount", &mnt]);
+    assert_eq!(mount("transport=dev_fuse,passthrough=auto"), "", "this needs Linux 6.9 and CAP_SYS_ADMIN");
+    let mounted = Mounted(place);
+    let place = &mounted.0;
+    let open = |disk: &str| File::open(place.path(&format!("mnt/instances/{disk}"))).unwrap();
+    let disks = (open("copy/disk"), open("inst/disk"));
+    let daemon = &place.json(&["status", "--json"])["daemon"];
+    assert_eq!(daemon["passthrough"], serde_json::json!({"on": true, "reason": null}));
+    let shown =
+        |number: usize| (&daemon["disks"][number]["served_by"], &daemon["disks"][number]["not_kernel"]);
+    assert_eq!(shown(0), (&"kernel".into(), &serde_json::Value::Null));
+    assert_eq!(shown(1), (&"daemon".into(), &"it is an overlay".into()));
+    assert_eq!(metric(&metrics(place), "cowdisk_disks_served_by_kernel"), 1);
+    let table = place.works(&["status"]);
+    assert!(table.lines().any(|line| line.starts_with("copy/disk") && line.ends_with("kernel")), "{table}");
+    drop(disks);
+    mounted.umount();
+}
+
 /// Threads that wait would do the same, slower, and nobody would notice.
 #[test]
 fn direct_requests_side_by_side_are_done_while_no_thread_waits() {

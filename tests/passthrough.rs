@@ -273,6 +273,29 @@ fn the_installed_program_goes_on_with_the_disk_after_an_upgrade() {
     mount.unmount().unwrap();
 }
 
+/// The next process opens anew what was open for writing, and would close the disk with that, though the kernel still serves
+/// it to who reads.
+#[test]
+fn who_only_reads_keeps_a_disk_with_the_kernel_when_another_process_has_taken_over() {
+    let mount = passing();
+    let (reader, writer) = (File::open(root(&mount)).unwrap(), open(&root(&mount)));
+    kill_worker(&mount);
+    mount.wait_until("taken over", || only_disk(&mount).handles > 0);
+    drop(writer);
+    mount.wait_until("closed", || requests(&mount, "RELEASE") == 1);
+    let writer = open(&root(&mount));
+    writer.write_all_at(b"again", MIB).unwrap();
+    assert_eq!(read_at(&reader, MIB, 5), b"again");
+    let shown = only_disk(&mount);
+    assert_eq!((shown.served_by.as_str(), shown.handles), ("kernel", 2));
+    drop(writer);
+    mount.wait_until("closed", || requests(&mount, "RELEASE") == 2);
+    assert_eq!(mount.store.remove_instance(&name("full")).unwrap_err().kind(), ErrorKind::Busy);
+    drop(reader);
+    mount.wait_until("closed", || status(&mount).disks.is_empty());
+    mount.store.remove_instance(&name("full")).unwrap();
+}
+
 /// The process that dies may have opened the disk and not said so, or closed it: the next one must come to the same mind as
 /// the kernel.
 #[test]

@@ -192,6 +192,21 @@ fn an_instance_in_use_is_not_removed_while_nobody_serves() {
     mount.unmount().unwrap();
 }
 
+/// The next process opened anew what was open for writing alone, and closed the disk with that.
+#[test]
+fn a_disk_that_only_a_reader_has_open_after_a_takeover_is_in_use() {
+    let mount = kept("");
+    let (reader, writer) = (File::open(mount.disk()).unwrap(), open(&mount.disk()));
+    writer.write_all_at(b"written", MIB).unwrap();
+    kill_worker(&mount);
+    mount.wait_until("taken over", || status(&mount).disks.iter().any(|disk| disk.handles > 0));
+    drop(writer);
+    mount.wait_until("closed", || mount.log().matches(": RELEASE ino ").count() == 1);
+    mount.wait_until("one is left", || status(&mount).disks.iter().all(|disk| disk.handles == 1));
+    assert_eq!(mount.store.remove_instance(&name("web")).unwrap_err().kind(), ErrorKind::Busy);
+    assert_eq!(read_at(&reader, MIB, 7), b"written");
+}
+
 #[test]
 fn a_process_that_keeps_dying_is_started_less_and_less_often_until_it_lives() {
     let mut mount = kept("");

@@ -14,6 +14,7 @@ use super::handles::{HandleId, Handles};
 use super::inodes::Node;
 use super::ledger::{Kept, Ledger};
 use super::open_file::{OpenFile, OpenMode};
+use super::tree::disk_key;
 use super::{Fs, RequestId};
 use crate::error::{Error, ErrorKind, Result};
 use crate::store::Store;
@@ -132,12 +133,29 @@ impl Fs {
                 self.give_up(handle, kept);
                 return Err(failure);
             }
+            self.revive_others(handle);
             match self.handles.close(handle, |file| self.close_file(file)) {
                 Some(closed) => Ok(closed?),
                 None if request.resent => Ok(()),
                 None => Err(Errno::BAD_HANDLE.into()),
             }
         })
+    }
+
+    /// Opens what else an earlier process had open of a disk of which a file is about to be closed. The disk would be closed with
+    /// the last one that this process has opened, while others have it open, to whom the kernel may even serve it.
+    fn revive_others(&self, handle: HandleId) {
+        let key = match self.handles.get(handle).as_deref() {
+            Ok(OpenFile::Disk(disk)) => disk.key().clone(),
+            _ => return,
+        };
+        for (id, kept) in self.handles.all_kept() {
+            let is_same =
+                self.node(kept.ino).is_ok_and(|node| disk_key(&node).is_ok_and(|other| other == key));
+            if is_same && let Err(failure) = self.revive(id) {
+                log::error!("{key}, which an earlier process had open: {failure}");
+            }
+        }
     }
 
     /// Forgets a file that cannot be opened any more. With its last handle a disk is nobody's: whoever opens it next does so

@@ -47,6 +47,11 @@ pub struct OpenDisk {
 }
 
 impl OpenDisk {
+    /// Which it is.
+    pub fn key(&self) -> &DiskKey {
+        &self.key
+    }
+
     /// The disk, to read from.
     pub fn disk(&self) -> &Disk {
         &self.disk

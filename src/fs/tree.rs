@@ -244,7 +244,7 @@ impl Tree {
     }
 
     fn disk_attributes(&self, node: &Node, disks: &OpenDisks) -> Outcome<Attributes> {
-        let key = key_of(node)?;
+        let key = disk_key(node)?;
         let status = or_stale(self.store.disk_status_of(&key.instance, key.id, key.disk))?;
         // The size of an open disk is known without its files, and changes first there.
         let size = disks.look(&key, |open| open.disk().size()).unwrap_or(status.size);
@@ -330,7 +330,7 @@ impl Tree {
     /// # Errors
     /// [`Errno::STALE`] if it has been removed; those of opening it.
     pub fn acquire_disk(&self, node: &Node, disks: &OpenDisks, kept: bool) -> Outcome<Arc<OpenDisk>> {
-        let key = key_of(node)?;
+        let key = disk_key(node)?;
         // A disk that is open cannot be removed, so who finds it open under its id need not look at the store.
         let open = |by_kernel| match kept {
             true => self.store.take_up_disk_of(&key.instance, key.id, key.disk, by_kernel),
@@ -346,7 +346,7 @@ impl Tree {
 
     /// Nobody has the disk of `node` open any more, and it could not be opened to be closed.
     pub fn give_up_disk(&self, node: &Node, disks: &OpenDisks) {
-        if let Ok(key) = key_of(node)
+        if let Ok(key) = disk_key(node)
             && disks.look(&key, |_| ()).is_none()
         {
             self.store.give_up_disk(&key.instance, key.disk);
@@ -371,7 +371,7 @@ impl Tree {
     /// # Errors
     /// [`Errno::STALE`] if it has been removed; those of the host.
     pub fn set_times(&self, node: &Node, atime: Option<SetTime>, mtime: Option<SetTime>) -> Outcome<()> {
-        let key = key_of(node)?;
+        let key = disk_key(node)?;
         let times = Timestamps { last_access: to_timespec(atime), last_modification: to_timespec(mtime) };
         or_stale(self.store.set_disk_times_of(&key.instance, key.id, key.disk, &times))
     }
@@ -392,7 +392,7 @@ fn readable(what: &str, names: Vec<ObjectName>, node: impl Fn(&ObjectName) -> Re
 }
 
 /// What tells the disk of `node` from all others, past ones included.
-fn key_of(node: &Node) -> Outcome<DiskKey> {
+pub fn disk_key(node: &Node) -> Outcome<DiskKey> {
     let Node::Disk { instance, disk, id } = node else { return Err(Errno::INVALID.into()) };
     Ok(DiskKey { instance: instance.clone(), disk: *disk, id: *id })
 }

@@ -208,6 +208,8 @@ impl RingSession {
     ) -> Result<()> {
         let online = processors::online()?;
         processors::require(&online)?;
+        // The host may allow none any more, and then the next process could not begin when this one has ended.
+        drop(ring::build(1)?);
         let until = Instant::now() + patience;
         self.halt.begin(online.clone());
         self.desks.iter().for_each(|desk| desk.ring_bell());

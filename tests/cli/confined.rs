@@ -1,6 +1,6 @@
 //! What a daemon has left once it serves, as `/proc` tells it.
 
-use std::fs::{self, File};
+use std::fs;
 use std::os::unix::fs::{FileExt as _, MetadataExt as _};
 use std::path::Path;
 use std::process::Command;
@@ -103,8 +103,7 @@ fn a_daemon_keeps_only_what_serving_needs() {
     check_spared(pid);
     check_spared(worker_pid(&mounted.0));
 
-    let disk =
-        File::options().read(true).write(true).open(mounted.0.path("mnt/instances/inst/disk")).unwrap();
+    let disk = mounted.open_disk();
     disk.write_all_at(&[7; 4096], 4096).unwrap();
     disk.sync_all().unwrap();
     drop(disk);
@@ -140,7 +139,7 @@ fn the_store_of_another_user_is_served_and_changed_with_that_users_rights() {
     }
     check_spared(pid);
     check_spared(worker_pid(place));
-    let disk = File::options().read(true).write(true).open(place.path("mnt/instances/inst/disk")).unwrap();
+    let disk = mounted.open_disk();
     disk.write_all_at(&[7; 4096], 4096).unwrap();
     disk.sync_all().unwrap();
     let refusal = place.run(&["umount", &place.path("mnt")]);

@@ -21,6 +21,11 @@ impl Mounted {
         Self(place)
     }
 
+    /// The root disk of the instance of a furnished place, open as a hypervisor has it.
+    pub fn open_disk(&self) -> File {
+        File::options().read(true).write(true).open(self.0.path("mnt/instances/inst/disk")).unwrap()
+    }
+
     /// Waits until the daemon has ended after a signal.
     pub fn wait_until_ended(&self, pid: u64) {
         let end = Instant::now() + Duration::from_secs(60);
@@ -64,7 +69,7 @@ fn a_mount_can_be_read_at_once_and_an_unmount_leaves_all_durable() {
     needs_mount();
     let mounted = Mounted::new();
     let place = &mounted.0;
-    let disk = File::options().read(true).write(true).open(place.path("mnt/instances/inst/disk")).unwrap();
+    let disk = mounted.open_disk();
     let mut bytes = [0; 8];
     disk.read_exact_at(&mut bytes, 131_072).unwrap();
     assert_eq!(bytes, [0x5a; 8]);

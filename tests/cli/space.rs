@@ -1,6 +1,6 @@
 //! What is taken, left and promised.
 
-use std::fs::{self, File};
+use std::fs;
 use std::os::unix::fs::FileExt as _;
 
 use super::mounted::{Mounted, needs_mount};
@@ -89,7 +89,7 @@ fn a_store_without_room_refuses_new_instances_and_images() {
         let said = text(&output.stderr);
         assert!(said.contains("kept in reserve") && said.lines().count() == 2, "{said}");
     }
-    let disk = File::options().read(true).write(true).open(place.path("mnt/instances/inst/disk")).unwrap();
+    let disk = mounted.open_disk();
     assert_eq!(disk.write_all_at(&[1; 4096], 0).unwrap_err().raw_os_error(), Some(28));
     disk.sync_all().unwrap();
     drop(disk);

@@ -60,7 +60,7 @@ fn status_shows_a_mounted_and_an_unmounted_store() {
     place.run(&["mount", "-o", "reserve=3M,threads=2", &place.path("mnt")]);
     let mounted = Mounted(place);
     let place = &mounted.0;
-    let disk = File::options().read(true).write(true).open(place.path("mnt/instances/inst/disk")).unwrap();
+    let disk = mounted.open_disk();
     disk.write_all_at(&[7; 4096], 8192).unwrap();
     for arguments in [&["status", "--json"][..], &["status", "--json", &place.path("mnt")]] {
         let status = place.json(arguments);
@@ -116,7 +116,7 @@ fn metrics_count_what_guests_do() {
     let before = metrics(place);
     let writes = "cowdisk_requests_total{operation=\"write\",ending=\"done\"}";
     assert_eq!((metric(&before, writes), metric(&before, "cowdisk_disks{state=\"open\"}")), (0, 0));
-    let disk = File::options().read(true).write(true).open(place.path("mnt/instances/inst/disk")).unwrap();
+    let disk = mounted.open_disk();
     for block in 0..5 {
         disk.write_all_at(&[7; 4096], block * 8192).unwrap();
     }
@@ -187,15 +187,15 @@ fn direct_requests_side_by_side_are_done_while_no_thread_waits() {
     needs_mount();
     let mounted = Mounted::new();
     let place = &mounted.0;
-    let path = place.path("mnt/instances/inst/disk");
-    let disk = File::options().write(true).open(&path).unwrap();
+    let disk = mounted.open_disk();
     disk.write_all_at(&[7; 1 << 20], 0).unwrap();
     disk.sync_all().unwrap();
     let count = || metric(&metrics(place), "cowdisk_async_requests_total");
     assert_eq!(count(), 0);
     let fio = Command::new("fio")
         .args(["--name=side-by-side", "--rw=randrw", "--bs=4k", "--size=1M", "--loops=20", "--direct=1"])
-        .args(["--ioengine=libaio", "--iodepth=32", "--fallocate=none", "--filename", &path])
+        .args(["--ioengine=libaio", "--iodepth=32", "--fallocate=none"])
+        .args(["--filename", &place.path("mnt/instances/inst/disk")])
         .output()
         .expect("fio is needed: scripts/install-deps");
     assert!(fio.status.success(), "{}", text(&fio.stderr));
@@ -230,7 +230,7 @@ fn whoever_asks_badly_is_refused_and_holds_nobody_up() {
     let silent: Vec<UnixStream> = (0..8).map(|_| connect(place)).collect();
     let refused = answer(connect(place));
     assert!(refused.starts_with("HTTP/1.1 503 "), "{refused}");
-    let disk = File::options().read(true).write(true).open(place.path("mnt/instances/inst/disk")).unwrap();
+    let disk = mounted.open_disk();
     disk.write_all_at(&[7; 4096], 0).unwrap();
     disk.sync_all().unwrap();
     drop(disk);

@@ -9,7 +9,9 @@ use std::fmt;
 use crate::error::{Error, ErrorKind, Result};
 
 /// Bytes of a sector, the smallest unit that a disk promises to write whole.
-pub const SECTOR_BYTES: u64 = 512;
+pub const SECTOR_BYTES: u64 = SECTOR_LEN as u64;
+/// The same, of memory.
+pub const SECTOR_LEN: usize = 512;
 
 /// Largest disk: 16 TiB. (A file of ext4 with 4 KiB blocks ends one block below; XFS and btrfs hold larger ones.)
 pub const DISK_BYTES_MAX: u64 = 16 << 40;

@@ -14,9 +14,7 @@ use super::cached::{CachedReads, Found, is_in_memory, is_on_local_disk};
 use super::host::{Host, RealHost};
 use super::{DirectFile, Storage, Way, ends_early, extents};
 use crate::error::{Context, Error, Result};
-
-/// Bytes of a sector.
-const SECTOR: usize = 512;
+use crate::units::{SECTOR_BYTES, SECTOR_LEN};
 
 /// A regular file (or, for what only reads, a block device) of the host. Its position is never used, so threads may
 /// share it.
@@ -135,12 +133,12 @@ impl FileStorage {
 /// Whether a file that was opened with O_DIRECT can be read by sectors: the second one, into memory that is aligned to no
 /// more than a sector. Where disks have larger ones it cannot.
 fn reads_sectors(direct: &File) -> bool {
-    let mut space = [0; 4 * SECTOR];
-    let to_sector = space.as_ptr().align_offset(SECTOR);
-    let odd = usize::from((space.as_ptr().addr() + to_sector).is_multiple_of(2 * SECTOR));
-    let start = to_sector + odd * SECTOR;
-    let buf = &mut space[start..start + SECTOR];
-    rustix::io::retry_on_intr(|| rustix::io::pread(direct, &mut *buf, SECTOR as u64)).is_ok()
+    let mut space = [0; 4 * SECTOR_LEN];
+    let to_sector = space.as_ptr().align_offset(SECTOR_LEN);
+    let odd = usize::from((space.as_ptr().addr() + to_sector).is_multiple_of(2 * SECTOR_LEN));
+    let start = to_sector + odd * SECTOR_LEN;
+    let buf = &mut space[start..start + SECTOR_LEN];
+    rustix::io::retry_on_intr(|| rustix::io::pread(direct, &mut *buf, SECTOR_BYTES)).is_ok()
 }
 
 impl AsFd for FileStorage {

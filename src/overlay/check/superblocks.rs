@@ -4,9 +4,7 @@ use crate::error::{ErrorKind, Result};
 use crate::finding::{Finding, Remedy, Severity};
 use crate::format::{CHECKSUM_BYTES, SUPERBLOCK_BYTES, SessionId, Superblock};
 use crate::storage::Storage;
-
-/// A sector of the host's disk: the unit in which a crash tears a write.
-const SECTOR: usize = 512;
+use crate::units::SECTOR_LEN;
 
 type Copy = [u8; SUPERBLOCK_BYTES];
 
@@ -97,9 +95,9 @@ fn begins_session(newest: &Superblock, other: &Superblock) -> bool {
 /// begins as the writing before or after that. (How it then ends nobody can tell: after two crashes in a row the writing
 /// after lies over the one before.) Damage elsewhere, or to the very writing that `good` has, is none of its doing.
 fn is_torn(bad: &Copy, good: &Copy) -> bool {
-    let tail = SUPERBLOCK_BYTES - SECTOR;
-    let middle_is_zero = bad[SECTOR..SUPERBLOCK_BYTES - CHECKSUM_BYTES].iter().all(|&byte| byte == 0);
-    let (head_same, tail_same) = (bad[..SECTOR] == good[..SECTOR], bad[tail..] == good[tail..]);
+    let tail = SUPERBLOCK_BYTES - SECTOR_LEN;
+    let middle_is_zero = bad[SECTOR_LEN..SUPERBLOCK_BYTES - CHECKSUM_BYTES].iter().all(|&byte| byte == 0);
+    let (head_same, tail_same) = (bad[..SECTOR_LEN] == good[..SECTOR_LEN], bad[tail..] == good[tail..]);
     let distance = Superblock::generation_of(bad).abs_diff(Superblock::generation_of(good));
     middle_is_zero && (head_same && !tail_same || distance == 1)
 }

@@ -72,20 +72,21 @@ struct Event {
 
 const OPCODE_READ: u16 = 0;
 const OPCODE_WRITE: u16 = 1;
-const OPCODE_POLL: u16 = 5;
 /// `RWF_NOWAIT`.
 const NOWAIT: u32 = 8;
+/// `IOCB_FLAG_RESFD`: the end of the request is counted in an eventfd, too.
+const TELLS: u32 = 1;
 
 /// The byte that [`hold`] locks: one that nobody else does, whatever he reads. (QEMU locks some from 100 on.)
 const LOCKED_BYTE: libc::off_t = libc::off_t::MAX - 1;
 
-/// In place of a slot's number: somebody has closed the queue.
-const CLOSED: u64 = u64::MAX;
+/// Most requests put to the kernel at once, and results taken at once.
+pub const BATCH: usize = 32;
 
-/// Results taken at once.
-const BATCH: usize = 32;
+/// How long [`Aio::reap`] waits.
+const WAIT_NANOS: libc::c_long = 10_000_000;
 
-/// Requests under way.
+/// Requests under way. All methods may be called by several threads.
 #[derive(Debug)]
 pub struct Aio<T> {
     context: libc::c_ulong,
@@ -94,8 +95,8 @@ pub struct Aio<T> {
     slots: Box<[Mutex<Option<T>>]>,
     /// Guards which slots are free; held for an instant.
     free: Mutex<Vec<usize>>,
-    /// Becomes readable when the queue is closed.
-    closed: OwnedFd,
+    /// Counts the requests that have ended.
+    ended: OwnedFd,
 }
 
 impl<T: Request> Aio<T> {
@@ -104,35 +105,53 @@ impl<T: Request> Aio<T> {
     /// # Errors
     /// `ENOSYS` where the kernel has no AIO; `EAGAIN` where `fs.aio-max-nr` allows no more; `EPERM` where it is filtered.
     pub fn new(depth: usize) -> io::Result<Self> {
-        let closed = rustix::event::eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?;
-        let entries = libc::c_ulong::try_from(depth + 1).map_err(|_| io::ErrorKind::InvalidInput)?;
+        let ended = rustix::event::eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?;
+        let entries = libc::c_ulong::try_from(depth).map_err(|_| io::ErrorKind::InvalidInput)?;
         let mut context: libc::c_ulong = 0;
         // SAFETY: io_setup writes one context number to where its second argument points, for the call.
         check(unsafe { libc::syscall(libc::SYS_io_setup, entries, &raw mut context) })?;
         let slots = (0..depth).map(|_| Mutex::new(None)).collect();
-        let aio = Self { context, slots, free: Mutex::new((0..depth).rev().collect()), closed };
-        let mut poll = Control {
-            data: CLOSED,
-            opcode: OPCODE_POLL,
-            file: aio.closed.as_raw_fd().cast_unsigned(),
-            memory: u64::from(libc::POLLIN.cast_unsigned()),
-            ..Control::default()
-        };
-        aio.enqueue(&mut poll)?;
-        Ok(aio)
+        Ok(Self { context, slots, free: Mutex::new((0..depth).rev().collect()), ended })
     }
 
-    /// Has the kernel move all of the request's memory to or from its file. Whatever would have to wait before it begins (for
-    /// a lock of the file, say) ends with `EAGAIN` instead.
-    ///
-    /// # Errors
-    /// The request comes back if the queue is full or the kernel does not take it.
-    pub fn submit(&self, mut request: T) -> Result<(), T> {
-        let Some(slot) = self.free.lock().pop() else { return Err(request) };
+    /// Becomes readable whenever a request ends; to be watched for edges, as nobody reads it.
+    pub fn ended(&self) -> BorrowedFd<'_> {
+        self.ended.as_fd()
+    }
+
+    /// Has the kernel move all memory of each of `requests`, [`BATCH`] at most, to or from its file. What would have to wait
+    /// before it begins (for a lock of the file, or for new space, say) ends with `EAGAIN` instead. What the kernel does not
+    /// take, or the queue has no place for, is left in `requests`.
+    pub fn submit(&self, requests: &mut Vec<T>) {
+        let mut slots = [0; BATCH];
+        let count = {
+            let mut free = self.free.lock();
+            let count = requests.len().min(free.len()).min(BATCH);
+            let left = free.len() - count;
+            slots[..count].copy_from_slice(&free[left..]);
+            free.truncate(left);
+            count
+        };
+        if count == 0 {
+            return;
+        }
+        let mut controls: [Control; BATCH] = Default::default();
+        for ((mut request, &slot), control) in requests.drain(..count).zip(&slots).zip(&mut controls) {
+            *control = self.control(&mut request, slot);
+            *self.slots[slot].lock() = Some(request);
+        }
+        let taken = self.enqueue(&mut controls[..count]).unwrap_or(0);
+        for &slot in &slots[taken.min(count)..count] {
+            requests.extend(self.slots[slot].lock().take());
+            self.free.lock().push(slot);
+        }
+    }
+
+    fn control(&self, request: &mut T, slot: usize) -> Control {
         let (file, offset) = (request.file().as_raw_fd().cast_unsigned(), request.offset());
         let opcode = if request.transfer() == Transfer::Read { OPCODE_READ } else { OPCODE_WRITE };
         let memory = request.memory();
-        let mut control = Control {
+        Control {
             data: slot as u64,
             rw_flags: NOWAIT,
             opcode,
@@ -140,78 +159,70 @@ impl<T: Request> Aio<T> {
             memory: memory.as_mut_ptr() as u64,
             len: memory.len() as u64,
             offset,
+            flags: TELLS,
+            event_file: self.ended.as_raw_fd().cast_unsigned(),
             ..Control::default()
-        };
-        *self.slots[slot].lock() = Some(request);
-        match self.enqueue(&mut control) {
-            Ok(()) => Ok(()),
-            Err(_) => {
-                let request = self.slots[slot].lock().take();
-                self.free.lock().push(slot);
-                Err(request.expect("put there above, and the kernel has not taken it"))
-            }
         }
     }
 
-    fn enqueue(&self, control: &mut Control) -> io::Result<()> {
-        let mut controls = [std::ptr::from_mut(control)];
-        // SAFETY: io_submit reads one pointer to a `struct iocb`, and that, during the call. The memory that it names, if any,
-        // belongs to a request in a slot, where it stays (see `Request`) until the kernel is done with it: `next` takes it
-        // away only then, and dropping the queue waits for that first.
-        match check(unsafe { libc::syscall(libc::SYS_io_submit, self.context, 1, controls.as_mut_ptr()) })? {
-            1 => Ok(()),
-            _ => Err(io::ErrorKind::WouldBlock.into()),
+    /// Puts requests to the kernel; says how many of them, from the first on, it has taken.
+    fn enqueue(&self, controls: &mut [Control]) -> io::Result<usize> {
+        let mut pointers = [std::ptr::null_mut(); BATCH];
+        for (pointer, control) in pointers.iter_mut().zip(&mut *controls) {
+            *pointer = std::ptr::from_mut(control);
         }
+        let count = controls.len().min(BATCH);
+        // SAFETY: io_submit reads `count` pointers, each to a `struct iocb`, and these, during the call. The memory that they
+        // name belongs to requests in slots, where it stays (see `Request`) until the kernel is done with it: `reap` takes
+        // it away only then, and dropping the queue waits for that first.
+        let taken =
+            check(unsafe { libc::syscall(libc::SYS_io_submit, self.context, count, pointers.as_mut_ptr()) })?;
+        Ok(usize::try_from(taken).unwrap_or(0))
     }
 
-    /// How many requests are under way; one of them is until [`Aio::serve`] has said so and been answered.
+    /// How many requests are under way; one of them is until [`Aio::reap`] has said so and been answered.
     pub fn under_way(&self) -> usize {
         self.slots.len() - self.free.lock().len()
     }
 
-    /// Waits for results and calls `done` with each: how many bytes were moved, or the error. Returns when the queue is
-    /// closed and nothing is under way. For one thread.
+    /// Calls `done` with each request that the kernel is done with, [`BATCH`] at most: how many bytes were moved, or the
+    /// error. If there is none and it `waits`, it waits for one, 10 ms at most: somebody else may have taken the last.
     ///
     /// # Errors
     /// Those of the kernel that leave nothing to go on with: what is under way is never told.
-    pub fn serve(&self, mut done: impl FnMut(T, io::Result<usize>)) -> io::Result<()> {
-        let mut closed = false;
-        while !closed || self.under_way() > 0 {
-            let mut events = [Event::default(); BATCH];
-            let count = match self.wait(&mut events) {
-                Ok(count) => count,
-                Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
-                Err(error) => return Err(error),
-            };
-            for event in &events[..count] {
-                let slot = usize::try_from(event.data).unwrap_or(usize::MAX);
-                let Some(guard) = self.slots.get(slot) else {
-                    closed = true;
-                    continue;
-                };
-                if let Some(request) = guard.lock().take() {
-                    done(request, result(event.result));
-                }
-                self.free.lock().push(slot);
+    pub fn reap(&self, waits: bool, mut done: impl FnMut(T, io::Result<usize>)) -> io::Result<()> {
+        let mut events = [Event::default(); BATCH];
+        let count = match self.events(waits, &mut events) {
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => 0,
+            result => result?,
+        };
+        for event in &events[..count] {
+            let slot = usize::try_from(event.data).unwrap_or(usize::MAX);
+            let Some(guard) = self.slots.get(slot) else { continue };
+            let request = guard.lock().take();
+            if let Some(request) = request {
+                done(request, result(event.result));
             }
+            self.free.lock().push(slot);
         }
         Ok(())
     }
 
-    fn wait(&self, events: &mut [Event; BATCH]) -> io::Result<usize> {
-        let timeout = std::ptr::null_mut::<libc::timespec>();
-        // SAFETY: io_getevents writes at most BATCH events to where `events` points, for the call.
+    fn events(&self, waits: bool, events: &mut [Event; BATCH]) -> io::Result<usize> {
+        let (least, tv_nsec) = if waits { (1, WAIT_NANOS) } else { (0, 0) };
+        let mut timeout = libc::timespec { tv_sec: 0, tv_nsec };
+        // SAFETY: io_getevents writes at most BATCH events to where `events` points, and reads the timeout, for the call.
         let count = check(unsafe {
-            libc::syscall(libc::SYS_io_getevents, self.context, 1, BATCH, events.as_mut_ptr(), timeout)
+            libc::syscall(
+                libc::SYS_io_getevents,
+                self.context,
+                least,
+                BATCH,
+                events.as_mut_ptr(),
+                &raw mut timeout,
+            )
         })?;
         Ok(usize::try_from(count).unwrap_or(0).min(BATCH))
-    }
-
-    /// Has [`Aio::serve`] return once nothing is under way. Nothing may be submitted from now on.
-    pub fn close(&self) {
-        if let Err(errno) = rustix::io::write(&self.closed, &[1; 8]) {
-            log::error!("close the queue of direct I/O: {errno}");
-        }
     }
 }
 
@@ -328,6 +339,7 @@ mod tests {
     use std::sync::mpsc::channel;
 
     use memmap2::MmapMut;
+    use rustix::event::{PollFd, PollFlags, Timespec, poll};
     use rustix::fs::{Mode, OFlags};
 
     use super::*;
@@ -374,25 +386,24 @@ mod tests {
         (file.into_file(), Arc::new(direct))
     }
 
+    /// Waits for all that is under way.
+    fn all_of(aio: &Aio<Page>) -> Vec<(Page, io::Result<usize>)> {
+        let mut all = Vec::new();
+        while aio.under_way() > 0 {
+            aio.reap(true, |request, result| all.push((request, result))).unwrap();
+        }
+        all
+    }
+
     #[test]
     fn what_is_submitted_is_done_once_and_said_with_its_own_request() {
         let (file, direct) = file();
-        let aio = Arc::new(Aio::new(8).unwrap());
-        let (done, results) = channel();
-        let server = std::thread::spawn({
-            let aio = Arc::clone(&aio);
-            move || aio.serve(|request: Page, result| done.send((request, result)).unwrap()).unwrap()
-        });
-        for byte in 0..8u8 {
-            let mut request = page(&direct, Transfer::Write, u64::from(byte) * 4096, byte);
-            // The queue is full now and then.
-            while let Err(back) = aio.submit(request) {
-                request = back;
-                std::thread::yield_now();
-            }
-        }
-        for _ in 0..8 {
-            let (request, result) = results.recv().unwrap();
+        let aio = Aio::new(8).unwrap();
+        let mut requests: Vec<_> =
+            (0..8u8).map(|byte| page(&direct, Transfer::Write, u64::from(byte) * 4096, byte)).collect();
+        aio.submit(&mut requests);
+        assert!(requests.is_empty());
+        for (request, result) in all_of(&aio) {
             match result {
                 Ok(count) => assert_eq!(count, 4096),
                 // It would have had to wait.
@@ -402,17 +413,15 @@ mod tests {
                 }
             }
         }
-        aio.submit(page(&direct, Transfer::Read, 15 * 4096, 0)).map_err(drop).unwrap();
-        let (request, result) = results.recv().unwrap();
+        aio.submit(&mut vec![page(&direct, Transfer::Read, 15 * 4096, 0)]);
+        let (request, result) = all_of(&aio).pop().unwrap();
         if result.is_ok() {
             assert!(request.memory.iter().all(|byte| *byte == 9));
         }
         // Not aligned.
-        aio.submit(page(&direct, Transfer::Read, 1, 0)).map_err(drop).unwrap();
-        let error = results.recv().unwrap().1.unwrap_err();
+        aio.submit(&mut vec![page(&direct, Transfer::Read, 1, 0)]);
+        let error = all_of(&aio).pop().unwrap().1.unwrap_err();
         assert!(matches!(error.raw_os_error(), Some(libc::EINVAL | libc::EAGAIN)), "{error}");
-        aio.close();
-        server.join().unwrap();
         for byte in 0..8u8 {
             let mut seen = [0xff; 4096];
             file.read_exact_at(&mut seen, u64::from(byte) * 4096).unwrap();
@@ -421,12 +430,31 @@ mod tests {
     }
 
     #[test]
-    fn a_full_queue_gives_the_request_back() {
+    fn a_full_queue_gives_requests_back() {
         let (_file, direct) = file();
         let aio = Aio::new(1).unwrap();
-        aio.submit(page(&direct, Transfer::Read, 0, 1)).map_err(drop).unwrap();
-        let back = aio.submit(page(&direct, Transfer::Read, 0, 2)).unwrap_err();
-        assert_eq!((back.byte, aio.under_way()), (2, 1));
+        let mut requests: Vec<_> = (1..=3).map(|byte| page(&direct, Transfer::Read, 0, byte)).collect();
+        aio.submit(&mut requests);
+        let left: Vec<_> = requests.iter().map(|request| request.byte).collect();
+        assert_eq!((left, aio.under_way()), (vec![2, 3], 1));
+        assert_eq!(all_of(&aio)[0].0.byte, 1);
+    }
+
+    #[test]
+    fn the_end_of_a_request_is_told() {
+        let (_file, direct) = file();
+        let aio = Aio::new(1).unwrap();
+        let is_told = |timeout: Option<Timespec>| {
+            let mut fds = [PollFd::new(&aio.ended, PollFlags::IN)];
+            poll(&mut fds, timeout.as_ref()).unwrap() > 0
+        };
+        assert!(!is_told(Some(Timespec::default())));
+        aio.submit(&mut vec![page(&direct, Transfer::Read, 0, 1)]);
+        assert!(is_told(None));
+        // Nothing is waited for any more.
+        let mut count = 0;
+        aio.reap(false, |_, _| count += 1).unwrap();
+        assert_eq!(count, 1);
     }
 
     /// The page that was read for one was written back over what the other had written, or the next sync failed.

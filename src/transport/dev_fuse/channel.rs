@@ -7,6 +7,7 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 use std::time::Duration;
 
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::fs::OFlags;
 use rustix::io::Errno as Os;
 use zerocopy::IntoBytes;
@@ -57,6 +58,12 @@ impl Channel {
     /// Its descriptor.
     pub fn into_descriptor(self) -> OwnedFd {
         self.fd
+    }
+
+    /// Whether a request waits to be read, or the mount has gone away.
+    pub fn has_request(&self) -> bool {
+        let mut fds = [PollFd::from_borrowed_fd(self.as_fd(), PollFlags::IN)];
+        matches!(poll(&mut fds, Some(&Timespec { tv_sec: 0, tv_nsec: 0 })), Ok(count) if count > 0)
     }
 
     /// Reads one request into `buffer`, which must be as long as the largest.

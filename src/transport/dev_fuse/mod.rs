@@ -29,6 +29,7 @@ mod direct;
 mod init;
 mod readers;
 pub mod request;
+mod rounds;
 mod serve;
 mod session;
 mod transfers;

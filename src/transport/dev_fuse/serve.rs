@@ -10,8 +10,9 @@ use super::buffers::{RequestBuffer, SpareBuffers};
 use super::channel::{Channel, Reply};
 use super::connection::{Unanswered, request_id};
 use super::crew::Hand;
-use super::direct::DirectLane;
+use super::direct::DirectQueues;
 use super::request::{Malformed, Operation, Request, forgets, parse};
+use super::rounds::Rounds;
 use super::transfers::{Read, Write, done, respond};
 use super::wire::{
     FallocateIn, GetxattrOut, IoctlIn, IoctlOut, LseekIn, LseekOut, OpenIn, OpenOut, ReadIn, ReleaseIn,
@@ -46,8 +47,8 @@ pub struct Server {
     pub(super) fs: Arc<Fs>,
     /// Whether requests that an earlier process had read are answered with EIO.
     refuses_resent: bool,
-    /// Direct reads and writes that no thread waits for. Ends before the disk lane does, to which it hands what must wait.
-    direct: DirectLane,
+    /// Direct reads and writes that no thread waits for. What must wait is handed to the disk lane.
+    direct: DirectQueues,
     /// Reads and writes that wait for the host's disk. Ends before the slow lane does, to which it hands syncs.
     pub(super) disk: Arc<SlowLane>,
     /// What may wait for a sync.
@@ -64,9 +65,14 @@ impl Server {
         let slow = Arc::new(SlowLane::start(SLOW_THREADS)?);
         let disk = Arc::new(SlowLane::start(DISK_THREADS)?);
         let spare = Arc::new(SpareBuffers::new(WRITES_UNDER_WAY));
-        let direct = DirectLane::start(Arc::clone(&fs), Arc::clone(&disk), Arc::clone(&spare))?;
+        let direct = DirectQueues::new(Arc::clone(&fs), Arc::clone(&disk), Arc::clone(&spare));
         let refuses_resent = unanswered == Unanswered::Refuse;
         Ok(Self { fs, refuses_resent, direct, disk, slow, spare })
+    }
+
+    /// Direct requests that no thread waits for.
+    pub(super) fn direct(&self) -> &DirectQueues {
+        &self.direct
     }
 
     /// Gives memory that nobody uses back to the host.
@@ -75,16 +81,24 @@ impl Server {
         self.direct.shrink();
     }
 
-    /// Waits until all that was read is answered, at most until `until`, and says whether it is. Nobody reads meanwhile.
+    /// Waits until all that was read is answered, at most until `until`, and says whether it is. The threads that read have
+    /// ended.
     pub fn finish(&self, until: Option<Instant>) -> bool {
-        // In this order: each hands what must wait to the next.
-        self.direct.finish(until) && self.disk.finish(until) && self.slow.finish(until)
+        // In this order: the one hands what must wait to the other.
+        self.disk.finish(until) && self.slow.finish(until)
     }
 
     /// Does the request that is the first `count` bytes of `buffer`, and answers it to `channel`, now or later. The calling
-    /// thread waits for the host's disk only if `hand` lets it. Another buffer may have taken the place of this one
-    /// afterwards.
-    pub fn serve(&self, hand: &Hand<'_>, channel: &Arc<Channel>, count: usize, buffer: &mut RequestBuffer) {
+    /// thread waits for the host's disk only if `hand` lets it, and answers what it has taken on in its `rounds`. Another
+    /// buffer may have taken the place of this one afterwards.
+    pub fn serve(
+        &self,
+        hand: &Hand<'_>,
+        rounds: &Rounds<'_>,
+        channel: &Arc<Channel>,
+        count: usize,
+        buffer: &mut RequestBuffer,
+    ) {
         let bytes = &buffer.bytes()[..count];
         match parse(bytes) {
             Ok(Request { header, operation }) => {
@@ -97,9 +111,12 @@ impl Server {
                     return channel.refuse(unique, Errno::BROKEN);
                 }
                 match operation {
-                    Operation::Read(arguments) => self.read(hand, channel, unique, ino, &arguments),
+                    Operation::Read(arguments) => {
+                        self.read(hand, rounds, Reply::new(Arc::clone(channel), unique), ino, &arguments);
+                    }
                     Operation::Write(arguments, _payload) => {
-                        self.write(hand, Reply::new(Arc::clone(channel), unique), ino, &arguments, buffer);
+                        let reply = Reply::new(Arc::clone(channel), unique);
+                        self.write(hand, rounds, reply, ino, &arguments, buffer);
                     }
                     Operation::Forget(lookups) => self.fs.forget(ino, lookups),
                     Operation::BatchForget(all) => {
@@ -121,18 +138,19 @@ impl Server {
         }
     }
 
-    fn read(&self, hand: &Hand<'_>, channel: &Arc<Channel>, unique: u64, ino: u64, arguments: &ReadIn) {
+    fn read(&self, hand: &Hand<'_>, rounds: &Rounds<'_>, mut reply: Reply, ino: u64, arguments: &ReadIn) {
         let read = Read::of(ino, arguments);
         log::debug!("READ ino {ino} offset {} size {}", arguments.offset, arguments.size);
         with_buffer(read.len, |buffer| {
             match guarded(|| read.now(&self.fs, buffer)) {
-                Ok(Some(count)) => return channel.answer(unique, &[&buffer[..count]]),
-                Err(failure) => return channel.refuse(unique, read.about().failed(&failure)),
+                Ok(Some(count)) => return reply.answer(&[&buffer[..count]]),
+                Err(failure) => return reply.refuse(read.about().failed(&failure)),
                 Ok(None) => {}
             }
-            let mut reply = Reply::new(Arc::clone(channel), unique);
-            if read.direct && self.has_company(hand) {
-                match self.direct.read(read, reply) {
+            if read.direct
+                && let Some(direct) = rounds.join(hand)
+            {
+                match direct.read(read, reply) {
                     Ok(()) => return,
                     Err(back) => reply = back,
                 }
@@ -145,16 +163,11 @@ impl Server {
         });
     }
 
-    /// Whether anything else waits for the host's disk. One request after the other is done soonest by the thread that has
-    /// read it.
-    fn has_company(&self, hand: &Hand<'_>) -> bool {
-        hand.has_company() || self.direct.is_busy()
-    }
-
     /// Writes the payload in `buffer`.
     fn write(
         &self,
         hand: &Hand<'_>,
+        rounds: &Rounds<'_>,
         mut reply: Reply,
         ino: u64,
         arguments: &WriteIn,
@@ -163,8 +176,11 @@ impl Server {
         let write = Write::of(ino, arguments);
         log::debug!("WRITE ino {ino} offset {} size {}", arguments.offset, arguments.size);
         let now = write.is_to_memory(&self.fs);
-        if write.direct && !write.durable && self.has_company(hand) {
-            match self.direct.write(write, reply, buffer) {
+        if write.direct
+            && !(now || write.durable)
+            && let Some(direct) = rounds.join(hand)
+        {
+            match direct.write(write, reply, buffer) {
                 Ok(()) => return,
                 Err(back) => reply = back,
             }
@@ -186,6 +202,12 @@ impl Server {
                 });
             }
             None => {
+                // It may wait for direct writes to the same file: for this thread's, if it is not to memory alone.
+                match rounds.direct() {
+                    Some(direct) if now => direct.submit(),
+                    Some(direct) => direct.drain(),
+                    None => {}
+                }
                 let outcome = guarded(|| write.execute(&self.fs, buffer.payload(write.bytes())));
                 write.finish(reply, outcome, &self.fs, &self.slow);
             }

@@ -161,7 +161,7 @@ impl Ring {
     /// If the kernel no longer takes part although the mount is there.
     pub fn run(mut self, server: &Server, halt: &Halt) -> Result<()> {
         // A crew of one never lets its hand leave: whoever waits for the host's disk is a thread of a lane.
-        let crew = Crew::new(1);
+        let crew = Crew::new(1, 1);
         let hand = Hand::of(&crew);
         let (all, mut lost) = (self.alive, 0);
         let mut held = true;

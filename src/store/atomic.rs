@@ -21,7 +21,7 @@ use std::fs::File;
 use rustix::fs::{FlockOperation, Mode, OFlags, RenameFlags};
 use rustix::io::Errno;
 
-use super::dir::{Access, Dir, MODE_PRIVATE};
+use super::dir::{Dir, MODE_PRIVATE};
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::storage::{FileStorage, Storage};
 
@@ -300,9 +300,6 @@ pub(super) fn random_hex(bytes: usize) -> Result<String> {
     Ok(super::hex::encode(&random))
 }
 
-/// Bytes of most files that are read whole: they take one read, and one more at their end.
-const FILE_BYTES_USUAL: usize = 4096;
-
 /// Reads a whole file of at most `bytes_max` bytes.
 ///
 /// # Errors
@@ -310,10 +307,17 @@ const FILE_BYTES_USUAL: usize = 4096;
 pub(super) fn read_file(parent: &Dir, name: &str, bytes_max: usize) -> Result<Vec<u8>> {
     use std::io::Read;
     let shown = || format!("read {}", parent.path_of(name).display());
-    let file = parent.open_file(name, Access::Read)?;
-    let mut bytes = Vec::with_capacity(FILE_BYTES_USUAL.min(bytes_max));
-    let limit = u64::try_from(bytes_max).unwrap_or(u64::MAX).saturating_add(1);
-    file.take(limit).read_to_end(&mut bytes).context(shown)?;
+    let (file, stat) = parent.open_to_look(name)?;
+    let size = usize::try_from(stat.st_size).unwrap_or(usize::MAX);
+    // Room for one byte more: a read that stops before it, at the size that the file had, has seen the end.
+    let mut bytes = vec![0; size.min(bytes_max) + 1];
+    let count = rustix::io::retry_on_intr(|| rustix::io::read(&file, &mut *bytes)).context(shown)?;
+    bytes.truncate(count);
+    if count != size {
+        // It has changed since, or the host gives it in pieces.
+        let limit = u64::try_from(bytes_max.saturating_add(1).saturating_sub(count)).unwrap_or(u64::MAX);
+        file.take(limit).read_to_end(&mut bytes).context(shown)?;
+    }
     if bytes.len() > bytes_max {
         return Err(Error::new(ErrorKind::Corrupt, shown())
             .context(format!("{}: larger than {bytes_max} bytes", parent.path_of(name).display())));
@@ -352,8 +356,32 @@ mod tests {
         assert_eq!(draft.commit(&s.root, "x").unwrap_err().kind(), ErrorKind::Exists);
         replace_file(&s.tmp, &s.root, "x", b"two").unwrap();
         assert_eq!(read_file(&s.root, "x", 10).unwrap(), b"two");
-        assert!(read_file(&s.root, "x", 2).is_err());
         assert!(s.tmp.names().unwrap().is_empty());
+    }
+
+    #[test]
+    fn a_file_is_read_whole_up_to_its_largest_size_and_no_larger_one() {
+        let s = scratch();
+        for size in [0, 1, 10] {
+            let bytes = vec![b'x'; size];
+            replace_file(&s.tmp, &s.root, "x", &bytes).unwrap();
+            assert_eq!(read_file(&s.root, "x", 10).unwrap(), bytes);
+        }
+        for size in [11, 12, 100_000] {
+            replace_file(&s.tmp, &s.root, "x", &vec![b'x'; size]).unwrap();
+            let error = read_file(&s.root, "x", 10).unwrap_err();
+            assert_eq!(error.kind(), ErrorKind::Corrupt);
+            assert!(error.to_string().contains("x: larger than 10 bytes"), "{error}");
+        }
+    }
+
+    /// Of such a file the host does not tell the size beforehand; one that has grown since it was opened is read so, too.
+    #[test]
+    fn a_file_that_has_more_than_it_says_is_read_to_its_end() {
+        let status = Dir::open_path(std::path::Path::new("/proc/self")).unwrap();
+        let read = read_file(&status, "status", 1 << 20).unwrap();
+        assert!(read.starts_with(b"Name:") && read.ends_with(b"\n"), "{}", read.escape_ascii());
+        assert_eq!(read_file(&status, "status", 20).unwrap_err().kind(), ErrorKind::Corrupt);
     }
 
     /// What had been renamed to its place stayed there, though the error said that nothing was made.

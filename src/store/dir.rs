@@ -122,7 +122,25 @@ impl Dir {
         }
     }
 
+    /// Opens a regular file to read it here and now, by plain reads, and tells what it is. It is not fit to be kept:
+    /// requests put to the kernel asynchronously would not wait.
+    ///
+    /// # Errors
+    /// Those of [`Dir::open_file`].
+    pub(super) fn open_to_look(&self, name: &str) -> Result<(File, Stat)> {
+        self.open_checked(name, OFlags::RDONLY, Mode::empty())
+    }
+
     fn open_regular(&self, name: &str, flags: OFlags, mode: Mode) -> Result<File> {
+        let (file, _) = self.open_checked(name, flags, mode)?;
+        // Blocks again.
+        rustix::fs::fcntl_setfl(&file, flags & OFlags::ACCMODE)
+            .context(|| format!("open {}", self.path_of(name).display()))?;
+        Ok(file)
+    }
+
+    /// Opens a regular file, with O_NONBLOCK.
+    fn open_checked(&self, name: &str, flags: OFlags, mode: Mode) -> Result<(File, Stat)> {
         let shown = || format!("open {}", self.path_of(name).display());
         let fd = match self.open(name, flags, mode) {
             // A link; a socket, or a device that is not there; a folder that would be written to.
@@ -135,9 +153,7 @@ impl Dir {
         if kind_of(&stat) != FileType::RegularFile {
             return Err(self.something_else(ErrorKind::Corrupt, name, "a regular file"));
         }
-        // Blocks again.
-        rustix::fs::fcntl_setfl(&fd, flags & OFlags::ACCMODE).context(shown)?;
-        Ok(fd.into())
+        Ok((fd.into(), stat))
     }
 
     /// Opens a file for reading and writing past the host's cache; `None` where the host's file system, or a limit of
@@ -405,6 +421,7 @@ mod tests {
                 dir.open_file(name, Access::Read).unwrap_err(),
                 dir.open_file(name, Access::ReadWrite).unwrap_err(),
                 dir.open_lock_file(name).unwrap_err(),
+                dir.open_to_look(name).unwrap_err(),
             ];
             for error in refused {
                 assert_eq!(error.kind(), ErrorKind::Corrupt, "{error}");

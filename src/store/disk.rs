@@ -4,6 +4,8 @@ use std::fs::File;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
+use rustix::fs::Stat;
+
 use super::Store;
 use super::dir::{Access, Dir};
 use super::layout::{DiskPart, disk_file};
@@ -454,14 +456,15 @@ impl Store {
         Ok(file)
     }
 
+    /// Opens the map of an overlay to read it here and now, and tells what its file is.
     pub(super) fn open_map(
         &self,
         folder: &Dir,
         instance: &ObjectName,
         disk: DiskName,
-    ) -> Result<FileStorage> {
-        match folder.open_file(disk_file(disk, DiskPart::Map), Access::Read) {
-            Ok(file) => Ok(FileStorage::new(file, format!("map of {instance}/{disk}"))),
+    ) -> Result<(FileStorage, Stat)> {
+        match folder.open_to_look(disk_file(disk, DiskPart::Map)) {
+            Ok((file, stat)) => Ok((FileStorage::new(file, format!("map of {instance}/{disk}")), stat)),
             Err(error) if error.kind() == ErrorKind::NotFound => Err(no_such_disk(instance, disk)),
             Err(error) => Err(error),
         }

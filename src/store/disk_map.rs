@@ -64,7 +64,7 @@ impl Store {
             extents.add_file(|at| file.next_data(at), |at| file.next_hole(at), 0, size, data, zero)?;
             return Ok(DiskMap { size, base: None, block_bytes: None, extents: extents.0 });
         }
-        let map = self.open_map(&folder, instance, disk)?;
+        let (map, _) = self.open_map(&folder, instance, disk)?;
         let superblock = read_superblock(&map).context(|| format!("read the map of {instance}/{disk}"))?;
         let live_map = self.run_dir()?.join(live_map_name(superblock.layer));
         let reader = MapReader::open(&format!("{instance}/{disk}"), map, &live_map)?;

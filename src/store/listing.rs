@@ -18,7 +18,6 @@ use super::names::{DiskName, ObjectName};
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::format::LayerId;
 use crate::overlay::read_superblock;
-use crate::storage::Storage;
 
 /// Most threads that look at instances: they wait for the host's file system, not for its disk, and it has locks.
 const THREADS_MAX: usize = 4;
@@ -162,14 +161,14 @@ impl Store {
 
     /// [`Store::disk_status_in`] of a disk that is an overlay.
     fn overlay_status_in(&self, folder: &Dir, instance: &ObjectName, disk: DiskName) -> Result<DiskStatus> {
-        let map = self.open_map(folder, instance, disk)?;
+        let (map, map_stat) = self.open_map(folder, instance, disk)?;
         let data = disk_file(disk, DiskPart::Data);
         let data = folder.stat_file(data)?.ok_or_else(|| {
             Error::new(ErrorKind::NotFound, format!("{}: missing", folder.path_of(data).display()))
         })?;
         let superblock = read_superblock(&map).context(|| format!("look up {instance}/{disk}"))?;
         let size = superblock.geometry.size();
-        Ok(DiskStatus { size, map_allocated: map.allocated()?, cow: true, ..status_of_file(&data) })
+        Ok(DiskStatus { size, map_allocated: allocated(&map_stat), cow: true, ..status_of_file(&data) })
     }
 }
 
@@ -177,12 +176,17 @@ impl Store {
 fn status_of_file(stat: &Stat) -> DiskStatus {
     DiskStatus {
         size: u64::try_from(stat.st_size).unwrap_or(0),
-        data_allocated: u64::try_from(stat.st_blocks).unwrap_or(0) * 512,
+        data_allocated: allocated(stat),
         map_allocated: 0,
         modified: time(stat.st_mtime, stat.st_mtime_nsec),
         accessed: time(stat.st_atime, stat.st_atime_nsec),
         cow: false,
     }
+}
+
+/// Bytes of the host's disk that a file takes.
+fn allocated(stat: &Stat) -> u64 {
+    u64::try_from(stat.st_blocks).unwrap_or(0) * 512
 }
 
 /// A time of the host's file system: seconds since 1970, or before it, and nanoseconds since then.

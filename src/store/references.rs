@@ -7,7 +7,7 @@
 use std::collections::BTreeSet;
 
 use super::Store;
-use super::dir::{Access, Dir};
+use super::dir::Dir;
 use super::instances::Instance;
 use super::layout::{self, DiskPart, disk_file};
 use super::lock::StoreLock;
@@ -150,7 +150,7 @@ impl Store {
 /// can tell.
 pub(super) fn base_of_overlay(folder: &Dir, disk: DiskName) -> Result<Option<BaseId>> {
     let name = disk_file(disk, DiskPart::Map);
-    let superblock = folder.open_file(name, Access::Read).and_then(|file| {
+    let superblock = folder.open_to_look(name).and_then(|(file, _)| {
         read_superblock(&FileStorage::new(file, folder.path_of(name).display().to_string()))
     });
     match superblock {

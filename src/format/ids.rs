@@ -1,6 +1,6 @@
 //! Names that are numbers: of bases by content, of layers, of the sessions and boots in which a layer was written.
 
-use std::fmt;
+use std::fmt::{self, Write as _};
 use std::str::FromStr;
 
 use crate::error::{Error, ErrorKind, Result};
@@ -70,24 +70,33 @@ fn random_bytes() -> Result<[u8; 16]> {
 }
 
 fn write_hex(f: &mut fmt::Formatter<'_>, bytes: &[u8]) -> fmt::Result {
-    bytes.iter().try_for_each(|byte| write!(f, "{byte:02x}"))
+    const DIGITS: &[u8; 16] = b"0123456789abcdef";
+    let digit = |value: u8| char::from(DIGITS[usize::from(value)]);
+    bytes
+        .iter()
+        .try_for_each(|byte| f.write_char(digit(byte >> 4)).and_then(|()| f.write_char(digit(byte & 15))))
 }
 
 fn parse_hex<const N: usize>(what: &str, text: &str) -> Result<[u8; N]> {
-    let invalid = || {
-        Error::new(ErrorKind::Invalid, format!("{what} {text:?}: must be {} lower-case hex digits", 2 * N))
+    let digit = |byte: u8| match byte {
+        b'0'..=b'9' => Some(byte - b'0'),
+        b'a'..=b'f' => Some(byte - b'a' + 10),
+        _ => None,
     };
-    let digits = text.as_bytes();
-    let lower_hex = |digit: &u8| digit.is_ascii_digit() || (b'a'..=b'f').contains(digit);
-    if digits.len() != 2 * N || !digits.iter().all(lower_hex) {
-        return Err(invalid());
-    }
     let mut bytes = [0; N];
-    for (byte, pair) in bytes.iter_mut().zip(text.as_bytes().chunks_exact(2)) {
-        let pair = std::str::from_utf8(pair).map_err(|_| invalid())?;
-        *byte = u8::from_str_radix(pair, 16).map_err(|_| invalid())?;
+    let are_hex = text.len() == 2 * N
+        && bytes.iter_mut().zip(text.as_bytes().chunks_exact(2)).all(|(byte, pair)| {
+            let value = digit(pair[0]).zip(digit(pair[1])).map(|(high, low)| high << 4 | low);
+            *byte = value.unwrap_or_default();
+            value.is_some()
+        });
+    match are_hex {
+        true => Ok(bytes),
+        false => {
+            let message = format!("{what} {text:?}: must be {} lower-case hex digits", 2 * N);
+            Err(Error::new(ErrorKind::Invalid, message))
+        }
     }
-    Ok(bytes)
 }
 
 macro_rules! shown_as_hex {
@@ -121,8 +130,24 @@ mod tests {
     fn ids_are_written_and_read_as_hex() {
         let id = LayerId([0xab; 16]);
         assert_eq!(id.to_string(), "ab".repeat(16));
-        assert_eq!(id.to_string().parse::<LayerId>().ok(), Some(id));
-        for bad in ["", "ab", &"AB".repeat(16), &"+b".repeat(16), &"é".repeat(16)] {
+        let all: Vec<u8> = (0..=255).collect();
+        for bytes in all.chunks_exact(16) {
+            let id = LayerId(bytes.try_into().unwrap());
+            assert_eq!(id.to_string().parse::<LayerId>().ok(), Some(id));
+        }
+        assert_eq!(
+            BootId(*b"\0\x01\x09\x0a\x0f\x10\x7f\x80\x99\xa9\xfaABCDE").to_string(),
+            "0001090a0f107f8099a9fa4142434445"
+        );
+        for bad in [
+            "",
+            "ab",
+            &"AB".repeat(16),
+            &"+b".repeat(16),
+            &"é".repeat(16),
+            &"g0".repeat(16),
+            &"0G".repeat(16),
+        ] {
             assert!(bad.parse::<LayerId>().is_err(), "{bad:?}");
         }
     }

@@ -67,11 +67,12 @@ fn create(session: &mut Session, store: &Store, args: CreateArgs) -> Result<()> 
 }
 
 fn list(session: &mut Session, store: &Store, form: Form) -> Result<()> {
-    let views: Vec<_> = store.instance_statuses()?.iter().map(InstanceView::of).collect();
+    let found = store.instance_statuses()?;
+    let views = found.iter().map(InstanceView::of);
     if form.json {
-        return session.output.json(&views);
+        return session.output.json(&views.collect::<Vec<_>>());
     }
-    let rows: Vec<Vec<String>> = views.iter().map(InstanceView::row).collect();
+    let rows: Vec<Vec<String>> = views.map(|view| view.row()).collect();
     let header = ["NAME", "IMAGE", "FLAVOR", "DISK", "DISK.LOCAL", "TAKES", "CREATED"];
     session.output.table(&header, &[3, 4, 5], &rows)
 }

@@ -235,11 +235,16 @@ impl<'a> Worker<'a> {
                 Attended::HandOver => {}
             }
         };
+        // A session that failed is as if this process had died: no disk is closed, and the next one takes over, if any can.
+        if let Err(error) = &ended
+            && !keeper.is_gone()
+        {
+            let _ = keeper.link.tell(&ToKeeper::Failed(ErrorWord::from(error)), &[]);
+            return ended;
+        }
         drop(control);
         drop(background);
         drop(signals);
-        // A session that failed is as if this process had died: no disk is closed, and the next one takes over, if any can.
-        let ended = if keeper.is_gone() { ended } else { Ok(ended?) };
         let speaker = if keeper.is_gone() { std::process::id() } else { handover.keeper.pid };
         take_leave(&keeper, close(ended, &fs), &run_dir, speaker)
     }

@@ -19,6 +19,8 @@ pub struct DevFuseSession {
     server: Arc<Server>,
     channels: Vec<Arc<Channel>>,
     threads: usize,
+    /// Whether the kernel sends what this process leaves unanswered to the next one.
+    can_resend: bool,
     tally: Arc<Tally>,
     /// Guards the threads that read requests, while they are stopped and others are started.
     readers: Mutex<Readers>,
@@ -44,20 +46,34 @@ impl DevFuseSession {
         if unanswered != Unanswered::Leave {
             connection.resend()?;
         }
+        let can_resend = connection.can_resend();
         let channels: Vec<_> = connection.into_channels().map(Arc::new).collect();
         let tally = Arc::new(Tally::default());
         let readers = Readers::start(&channels, threads, &server, &tally)?;
-        Ok(Self { server, channels, threads, tally, readers: Mutex::new(readers) })
+        Ok(Self { server, channels, threads, can_resend, tally, readers: Mutex::new(readers) })
     }
 
     /// Waits until the mount has gone away and every request is answered. Never returns once it was handed over.
     ///
     /// # Errors
-    /// If a thread ended before that.
+    /// If a thread has failed. The others still serve then, and this process is to end, so that the next one can. Where the
+    /// kernel could not send it what this one leaves unanswered, only once all of them have ended.
     pub fn wait(&self) -> Result<()> {
-        let result = self.tally.wait();
+        let what = || "answer the kernel's requests";
+        if let Err(error) = self.tally.wait_for_failure() {
+            if self.can_resend {
+                return Err(error).context(what);
+            }
+            log::error!(
+                "{error}; the others go on as they can, for on this kernel no process could take over"
+            );
+            // Of what ends the others the first was the cause, or it was told in the log.
+            let _ = self.tally.wait_for_all();
+            self.server.finish(None);
+            return Err(error).context(what);
+        }
         self.server.finish(None);
-        result.context(|| "answer the kernel's requests")
+        Ok(())
     }
 
     /// Stops reading requests and answers all that were read, so that another process can take over when this one has
@@ -134,20 +150,143 @@ impl Tally {
         self.changed.notify_all();
     }
 
-    /// Waits until one has failed, or none is left.
+    /// Waits until one has failed, or none is left. Not while another process is to take over.
     pub(super) fn wait_for_failure(&self) -> Result<()> {
+        self.wait(|state| state.threads == 0 || state.failure.is_some())
+    }
+
+    /// The same until none is left.
+    fn wait_for_all(&self) -> Result<()> {
+        self.wait(|state| state.threads == 0)
+    }
+
+    fn wait(&self, has_ended: impl Fn(&State) -> bool) -> Result<()> {
         let mut state = self.state.lock();
-        while state.threads > 0 && state.failure.is_none() {
+        while state.handing_over || !has_ended(&state) {
             self.changed.wait(&mut state);
         }
         state.failure.take().map_or(Ok(()), Err)
     }
+}
 
-    fn wait(&self) -> Result<()> {
-        let mut state = self.state.lock();
-        while state.threads > 0 || state.handing_over {
-            self.changed.wait(&mut state);
+#[cfg(test)]
+mod tests {
+    use std::fs::File;
+    use std::os::fd::OwnedFd;
+    use std::sync::mpsc::channel;
+    use std::thread;
+
+    use rustix::net::{AddressFamily, RecvFlags, SendFlags, SocketFlags, SocketType, recv, send, socketpair};
+    use zerocopy::{FromBytes, IntoBytes};
+
+    use super::super::init::{self, Road};
+    use super::super::wire::{FsyncIn, InHeader, InitIn, OutHeader, opcode};
+    use super::*;
+    use crate::fs::AGREED_BYTES;
+    use crate::store::Store;
+
+    /// How long what must come may take.
+    const LONG: Duration = Duration::from_secs(60);
+
+    /// A session of four threads. Two read what the test sends by the socket; the others, when they are called, read from a
+    /// folder, which fails.
+    fn with_a_thread_that_fails(can_resend: bool) -> (Arc<DevFuseSession>, OwnedFd) {
+        let offer = InitIn { major: 7, minor: 45, max_readahead: 0, flags: u32::MAX };
+        let flags2 = if can_resend { u32::MAX } else { 0 };
+        let agreed = init::negotiate(&offer, flags2, Road::Device { passthrough: false }).unwrap().unwrap();
+        let agreed: [u8; AGREED_BYTES] = agreed.as_bytes().try_into().unwrap();
+        let (device, kernel) =
+            socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None).unwrap();
+        let store = tempfile::tempdir().unwrap();
+        let folder = OwnedFd::from(File::open(store.path()).unwrap());
+        let connection = Connection::take_over(vec![device, folder], &agreed).unwrap();
+        let fs = Arc::new(Fs::new(Store::init(store.path()).unwrap()).unwrap());
+        let session = DevFuseSession::start(connection, fs, 4, Unanswered::Leave, || {}).unwrap();
+        (Arc::new(session), kernel)
+    }
+
+    fn ask(kernel: &OwnedFd, opcode: u32, body: &[u8]) {
+        let len = u32::try_from(size_of::<InHeader>() + body.len()).unwrap();
+        let header = InHeader { len, opcode, unique: 9, nodeid: 1, ..InHeader::default() };
+        send(kernel, &[header.as_bytes(), body].concat(), SendFlags::NOSIGNAL).unwrap();
+    }
+
+    /// Asks for what a thread may wait for, so that it calls another to read meanwhile, until `happened`.
+    fn press_until(kernel: &OwnedFd, happened: impl Fn() -> bool) {
+        let until = Instant::now() + LONG;
+        while !happened() {
+            assert!(Instant::now() < until, "nothing happens");
+            ask(kernel, opcode::FSYNC, FsyncIn { fh: 1, fsync_flags: 0, padding: 0 }.as_bytes());
+            assert_refused(kernel, libc::EBADF);
         }
-        state.failure.take().map_or(Ok(()), Err)
+    }
+
+    fn assert_refused(kernel: &OwnedFd, errno: i32) {
+        let mut answer = [0; size_of::<OutHeader>()];
+        recv(kernel, &mut answer, RecvFlags::empty()).unwrap();
+        let answer = OutHeader::read_from_bytes(&answer).unwrap();
+        assert_eq!((answer.unique, answer.error), (9, -errno));
+    }
+
+    fn assert_is_answered(kernel: &OwnedFd) {
+        ask(kernel, 9999, b"");
+        assert_refused(kernel, libc::ENOSYS);
+    }
+
+    /// A thread that had failed was missed by nobody until the others had ended, too.
+    #[test]
+    fn one_thread_that_fails_ends_the_session_for_the_next_process() {
+        let (session, kernel) = with_a_thread_that_fails(true);
+        let (ended, end) = channel();
+        let waiting = Arc::clone(&session);
+        let waiter = thread::spawn(move || ended.send(waiting.wait()).unwrap());
+        press_until(&kernel, || waiter.is_finished());
+        let error = end.recv().unwrap().unwrap_err();
+        assert!(error.to_string().starts_with("answer the kernel's requests: read a request"), "{error}");
+        // Until this process has gone.
+        assert_is_answered(&kernel);
+        assert!(session.readers.lock().stop(Instant::now() + LONG));
+    }
+
+    #[test]
+    fn where_no_process_can_take_over_a_session_ends_with_its_last_thread() {
+        let (session, kernel) = with_a_thread_that_fails(false);
+        let waiting = Arc::clone(&session);
+        let waiter = thread::spawn(move || waiting.wait());
+        // The two that read from the socket, and the watch.
+        press_until(&kernel, || session.tally.state.lock().threads == 3);
+        assert_is_answered(&kernel);
+        assert!(!waiter.is_finished());
+        assert!(session.readers.lock().stop(Instant::now() + LONG));
+        let error = waiter.join().unwrap().unwrap_err();
+        assert!(error.to_string().starts_with("answer the kernel's requests: read a request"), "{error}");
+    }
+
+    #[test]
+    fn a_session_whose_threads_end_one_after_the_other_has_ended_with_the_last() {
+        let tally = Arc::new(Tally::default());
+        (0..3).for_each(|_| tally.begin());
+        let waiting = Arc::clone(&tally);
+        let waiter = thread::spawn(move || waiting.wait_for_failure());
+        tally.end(Ok(()));
+        tally.end(Ok(()));
+        assert!(!waiter.is_finished());
+        tally.end(Ok(()));
+        waiter.join().unwrap().unwrap();
+    }
+
+    #[test]
+    fn what_fails_while_another_process_is_to_take_over_counts_once_it_does_not() {
+        let tally = Arc::new(Tally::default());
+        (0..2).for_each(|_| tally.begin());
+        tally.begin_handing_over();
+        let waiting = Arc::clone(&tally);
+        let waiter = thread::spawn(move || waiting.wait_for_failure());
+        tally.end(Ok(()));
+        tally.end(Err(Error::new(ErrorKind::Io, "a thread")));
+        assert!(!waiter.is_finished());
+        tally.begin();
+        tally.end_handing_over();
+        assert_eq!(waiter.join().unwrap().unwrap_err().to_string(), "a thread");
     }
 }

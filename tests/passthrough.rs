@@ -28,6 +28,7 @@ use cowdisk::store::{DiskName, InstanceSpec, NoProgress};
 use load::status;
 use mount::{Aligned, IMAGE, MIB, TestMount, errno, image_bytes, name, open, open_with, read_at};
 use rustix::fs::{FallocateFlags, SeekFrom};
+use rustix::process::{Resource, Rlimit};
 
 /// Not a test: the daemon of all others, see [`mount`].
 #[test]
@@ -249,4 +250,29 @@ fn a_disk_that_the_kernel_cannot_serve_is_served_as_ever_and_status_says_why() {
         // Where others than root may not mount.
         Err(why) => assert!(why.contains("/dev/fuse"), "{why}"),
     }
+}
+
+/// Whoever opened such a disk waited for ever: the question was lost with the file that the keeper could not take.
+#[test]
+fn a_disk_is_served_by_the_daemon_while_its_keeper_may_open_no_more_files() {
+    let mount = passing();
+    let keeper = rustix::process::Pid::from_raw(mount.pid().try_into().unwrap());
+    // No more in the end than any host allows, so that nobody forbids to give them back.
+    let may_open = |current| {
+        let limit = Rlimit { current: Some(current), maximum: Some(256) };
+        rustix::process::prlimit(keeper, Resource::Nofile, limit).unwrap();
+    };
+    may_open(0);
+    let disk = open(&local(&mount));
+    disk.write_all_at(b"written", 4096).unwrap();
+    assert_eq!(read_at(&disk, 4096, 7), b"written");
+    let shown = only_disk(&mount);
+    assert_eq!((shown.served_by.as_str(), requests(&mount, "WRITE")), ("daemon", 1));
+    assert!(shown.not_kernel.unwrap().contains("its file has not come"));
+    drop(disk);
+    mount.wait_until("closed", || status(&mount).disks.is_empty());
+    may_open(256);
+    let disk = open(&local(&mount));
+    assert_eq!(read_at(&disk, 4096, 7), b"written");
+    assert_eq!(only_disk(&mount).served_by, "kernel");
 }

@@ -78,7 +78,7 @@ pub(super) enum ToKeeper {
     Reading,
     /// Requests are answered.
     Ready,
-    /// They will not be, for this reason.
+    /// They will not be, or no longer, for this reason; this process ends.
     Failed(ErrorWord),
     /// Take the mount away, if nobody uses it, and say whether.
     Unmount,
@@ -204,7 +204,8 @@ impl Link {
         rustix::io::retry_on_intr(send).map(drop).context(what)
     }
 
-    /// Waits for a word and the descriptors that come with it. `None`: the other side has ended.
+    /// Waits for a word and the descriptors that come with it. `None`: the other side has ended. If this process may not open
+    /// as many, the word comes without any: whoever needs them finds none, rather than too few.
     ///
     /// # Errors
     /// If what comes is not understood; it was received then, and the next one can be.
@@ -231,7 +232,11 @@ impl Link {
                 descriptors.extend(sent);
             }
         }
-        if received.flags.intersects(ReturnFlags::TRUNC | ReturnFlags::CTRUNC) {
+        if received.flags.contains(ReturnFlags::CTRUNC) {
+            log::warn!("not all descriptors of a message could be taken: too many are open in this process");
+            descriptors.clear();
+        }
+        if received.flags.contains(ReturnFlags::TRUNC) {
             return Err(Error::new(ErrorKind::Unsupported, "a message of another process is cut off"));
         }
         let word = serde_json::from_slice(&bytes[..received.bytes])
@@ -273,5 +278,24 @@ mod tests {
         );
         drop(one);
         assert!(other.hear::<ToKeeper>().unwrap().is_none());
+    }
+    /// A word that lost its descriptors was lost with them, and whoever had asked something waited for ever.
+    #[test]
+    fn a_word_whose_descriptors_cannot_all_be_taken_is_heard_without_any() {
+        let (one, other) = Link::pair().unwrap();
+        let other = Link { socket: other };
+        let file = tempfile::tempfile().unwrap();
+        // There is room for some more, to have it aligned.
+        let too_many = [file.as_fd(); 2 * DESCRIPTORS_MAX];
+        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(2 * DESCRIPTORS_MAX))];
+        let mut control = SendAncillaryBuffer::new(&mut space);
+        assert!(control.push(SendAncillaryMessage::ScmRights(&too_many)));
+        let word = serde_json::to_vec(&ToKeeper::Ready).unwrap();
+        rustix::net::sendmsg(&one.socket, &[IoSlice::new(&word)], &mut control, SendFlags::NOSIGNAL).unwrap();
+        let (word, descriptors) = other.hear::<ToKeeper>().unwrap().unwrap();
+        assert!(matches!(word, ToKeeper::Ready));
+        assert!(descriptors.is_empty());
+        one.tell(&ToKeeper::Ready, &[file.as_fd()]).unwrap();
+        assert_eq!(other.hear::<ToKeeper>().unwrap().unwrap().1.len(), 1, "the next one is whole again");
     }
 }

@@ -135,7 +135,9 @@ impl Passed {
 
     fn pass(&mut self, disk: DiskKey, files: &[OwnedFd], connection: &Connection) -> Result<BackingId> {
         let [file] = files else {
-            return Err(Error::new(ErrorKind::Invalid, format!("{} files in place of one", files.len())));
+            let message =
+                "its file has not come to the process that keeps the mount, which may have too many open";
+            return Err(Error::new(ErrorKind::Invalid, message));
         };
         self.store.check_whole_file(&disk.instance, disk.disk, file.as_fd())?;
         if let Some(number) = self.numbers.get(&disk) {

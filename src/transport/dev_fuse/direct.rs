@@ -170,14 +170,12 @@ impl Direct {
         self.queue.aio.ended()
     }
 
-    /// Takes a read on.
+    /// Takes on a read of what lies where it is `placed`.
     ///
     /// # Errors
     /// The reply comes back if somebody else must do it.
-    pub fn read(&self, read: Read, reply: Reply) -> std::result::Result<(), Reply> {
+    pub fn read(&self, read: Read, placed: Placed, reply: Reply) -> std::result::Result<(), Reply> {
         let tools = &self.queue.tools;
-        let place = tools.fs.place(read.handle, Transfer::Read, read.offset, read.len.into());
-        let Some(placed) = place else { return Err(reply) };
         let what = What::Read(read);
         let bytes = match what.len() {
             ..=SMALL_BYTES => tools.small.take().map(Bytes::Small),
@@ -191,19 +189,19 @@ impl Direct {
         Ok(())
     }
 
-    /// Takes a write on, with the payload of `buffer`; of a large one the buffer itself, and puts another in its place.
+    /// Takes on a write to where it is `placed`, with the payload of `buffer`; of a large one the buffer itself, and puts
+    /// another in its place.
     ///
     /// # Errors
     /// The reply comes back, and the buffer has its payload, if somebody else must do it.
     pub fn write(
         &self,
         write: Write,
+        placed: Placed,
         reply: Reply,
         buffer: &mut RequestBuffer,
     ) -> std::result::Result<(), Reply> {
         let tools = &self.queue.tools;
-        let place = tools.fs.place(write.handle, Transfer::Write, write.offset, write.len.into());
-        let Some(placed) = place else { return Err(reply) };
         let what = What::Write(write);
         let bytes = match what.len() {
             len @ ..=SMALL_BYTES => tools.small.take().map(|mut small| {

@@ -10,7 +10,7 @@ use super::buffers::{RequestBuffer, SpareBuffers};
 use super::channel::{Channel, Reply};
 use super::connection::{Unanswered, request_id};
 use super::crew::Hand;
-use super::direct::DirectQueues;
+use super::direct::{Direct, DirectQueues};
 use super::request::{Malformed, Operation, Request, forgets, parse};
 use super::rounds::Rounds;
 use super::transfers::{Read, Write, done, respond};
@@ -19,7 +19,7 @@ use super::wire::{
     SetattrIn, WriteIn, open_flag,
 };
 use crate::error::Result;
-use crate::fs::{Errno, Fs, HandleId, NumberedEntry, OpenMode, Opened, Outcome, RequestId};
+use crate::fs::{Errno, Fs, HandleId, NumberedEntry, OpenMode, Opened, Outcome, Placed, RequestId};
 use crate::transport::about::{About, guarded};
 use crate::transport::scratch::with_buffer;
 use crate::transport::slow_lane::SlowLane;
@@ -148,9 +148,9 @@ impl Server {
                 Ok(None) => {}
             }
             if read.direct
-                && let Some(direct) = rounds.join(hand)
+                && let Some((direct, placed)) = self.joined(rounds, hand, read.place(&self.fs))
             {
-                match direct.read(read, reply) {
+                match direct.read(read, placed, reply) {
                     Ok(()) => return,
                     Err(back) => reply = back,
                 }
@@ -161,6 +161,23 @@ impl Server {
             let fs = Arc::clone(&self.fs);
             self.disk.run(ino, move || with_buffer(read.len, |buffer| read.execute(reply, &fs, buffer)));
         });
+    }
+
+    /// Where a request that lies where it is `placed` is taken on, if it is to be.
+    fn joined<'r>(
+        &self,
+        rounds: &'r Rounds<'_>,
+        hand: &Hand<'_>,
+        placed: Option<Placed>,
+    ) -> Option<(&'r Direct, Placed)> {
+        let placed = placed?;
+        match rounds.join(hand) {
+            Some(direct) => Some((direct, placed)),
+            None => {
+                self.fs.let_go(placed);
+                None
+            }
+        }
     }
 
     /// Writes the payload in `buffer`.
@@ -178,9 +195,9 @@ impl Server {
         let now = write.is_to_memory(&self.fs);
         if write.direct
             && !(now || write.durable)
-            && let Some(direct) = rounds.join(hand)
+            && let Some((direct, placed)) = self.joined(rounds, hand, write.place(&self.fs))
         {
-            match direct.write(write, reply, buffer) {
+            match direct.write(write, placed, reply, buffer) {
                 Ok(()) => return,
                 Err(back) => reply = back,
             }

@@ -7,8 +7,9 @@ use zerocopy::IntoBytes;
 use super::channel::Reply;
 use super::init::REQUEST_BYTES_MAX;
 use super::wire::{ReadIn, WRITE_CACHE, WriteIn, WriteOut};
-use crate::fs::{Fs, HandleId, Outcome};
+use crate::fs::{Fs, HandleId, Outcome, Placed};
 use crate::storage::Way;
+use crate::storage::aio::Transfer;
 use crate::transport::about::{About, guarded};
 use crate::transport::slow_lane::SlowLane;
 
@@ -34,6 +35,11 @@ impl Read {
     /// Fills `buffer` if that needs no waiting; see [`Fs::read_now`].
     pub fn now(&self, fs: &Fs, buffer: &mut [u8]) -> Outcome<Option<usize>> {
         fs.read_now(self.handle, self.offset, buffer, self.direct, way(self.direct))
+    }
+
+    /// See [`Fs::place`].
+    pub fn place(&self, fs: &Fs) -> Option<Placed> {
+        fs.place(self.handle, Transfer::Read, self.offset, self.len.into())
     }
 
     /// Fills `buffer`, and says how much of it; see [`Fs::read`].
@@ -88,6 +94,11 @@ impl Write {
     /// Whether it only changes memory, or is refused: it takes no thread that has time to wait.
     pub fn is_to_memory(&self, fs: &Fs) -> bool {
         fs.writes_to_memory(self.handle, self.offset, self.len.into(), self.way())
+    }
+
+    /// See [`Fs::place`].
+    pub fn place(&self, fs: &Fs) -> Option<Placed> {
+        fs.place(self.handle, Transfer::Write, self.offset, self.len.into())
     }
 
     /// How many bytes it has.

@@ -18,7 +18,6 @@ use super::super::transfers::{Read, Write};
 use super::super::wire::{ReadIn, WriteIn, opcode};
 use super::entry::Entry;
 use crate::fs::{Errno, Placed};
-use crate::storage::aio::Transfer;
 use crate::transport::about::guarded;
 
 /// A read that a ring does: into the room of `entry`, as long as `read` is, from where it is `placed`.
@@ -64,8 +63,7 @@ impl Server {
             Err(failure) => entry.refuse(read.about().failed(&failure)),
             Ok(None) => {
                 if read.direct
-                    && let Some(placed) =
-                        self.fs.place(read.handle, Transfer::Read, read.offset, read.len.into())
+                    && let Some(placed) = read.place(&self.fs)
                 {
                     return Some(RingRead { entry, placed, read });
                 }

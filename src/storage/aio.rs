@@ -8,9 +8,8 @@
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
-use std::sync::atomic::{AtomicUsize, Ordering};
 
-use parking_lot::{Condvar, Mutex};
+use parking_lot::Mutex;
 use rustix::event::EventfdFlags;
 
 use super::cached::is_on_local_disk;
@@ -84,7 +83,7 @@ const LOCKED_BYTE: libc::off_t = libc::off_t::MAX - 1;
 pub const BATCH: usize = 32;
 
 /// How long [`Aio::reap`] waits.
-const WAIT_NANOS: libc::c_long = 10_000_000;
+const WAIT_NANOS: libc::c_long = 1_000_000;
 
 /// Requests under way. All methods may be called by several threads.
 #[derive(Debug)]
@@ -186,11 +185,12 @@ impl<T: Request> Aio<T> {
     }
 
     /// Calls `done` with each request that the kernel is done with, [`BATCH`] at most: how many bytes were moved, or the
-    /// error. If there is none and it `waits`, it waits for one, 10 ms at most: somebody else may have taken the last.
+    /// error. If there is none and it `waits`, it waits for one, 1 ms at most: somebody else may have taken the last. Says
+    /// whether there may be more.
     ///
     /// # Errors
     /// Those of the kernel that leave nothing to go on with: what is under way is never told.
-    pub fn reap(&self, waits: bool, mut done: impl FnMut(T, io::Result<usize>)) -> io::Result<()> {
+    pub fn reap(&self, waits: bool, mut done: impl FnMut(T, io::Result<usize>)) -> io::Result<bool> {
         let mut events = [Event::default(); BATCH];
         let count = match self.events(waits, &mut events) {
             Err(error) if error.kind() == io::ErrorKind::Interrupted => 0,
@@ -205,7 +205,7 @@ impl<T: Request> Aio<T> {
             }
             self.free.lock().push(slot);
         }
-        Ok(())
+        Ok(count == BATCH)
     }
 
     fn events(&self, waits: bool, events: &mut [Event; BATCH]) -> io::Result<usize> {
@@ -241,62 +241,6 @@ fn result(result: i64) -> io::Result<usize> {
     match usize::try_from(result) {
         Ok(count) => Ok(count),
         Err(_) => Err(io::Error::from_raw_os_error(i32::try_from(-result).unwrap_or(libc::EIO))),
-    }
-}
-
-/// Keeps writes through the host's cache and direct writes under way apart, for one file.
-///
-/// A direct write that a thread waits for holds a lock of the file in the host, and so does one through the cache. But with AIO
-/// that lock is free again once the write is under way. Who then writes into the same page through the cache first reads
-/// that page as it was, and the host later writes it back over what has landed; and where the host notices such a page, it
-/// fails the next sync with EIO ("Page cache invalidation failure on direct I/O", mm/filemap.c).
-#[derive(Debug, Default)]
-pub struct Gate {
-    /// Direct writes under way.
-    direct: AtomicUsize,
-    /// Writes through the cache, going on or waiting.
-    cached: AtomicUsize,
-    /// Guards nothing but the sleep of who waits for `direct` to fall to zero.
-    sleep: Mutex<()>,
-    empty: Condvar,
-}
-
-impl Gate {
-    /// Lets a direct write begin, unless somebody writes through the cache or waits to. Each goes with a [`Gate::leave`].
-    pub fn enter(&self) -> bool {
-        self.direct.fetch_add(1, Ordering::SeqCst);
-        let free = self.cached.load(Ordering::SeqCst) == 0;
-        if !free {
-            self.leave();
-        }
-        free
-    }
-
-    /// A direct write has ended.
-    pub fn leave(&self) {
-        if self.direct.fetch_sub(1, Ordering::SeqCst) == 1 && self.cached.load(Ordering::SeqCst) > 0 {
-            let _asleep = self.sleep.lock();
-            self.empty.notify_all();
-        }
-    }
-
-    /// Whether who writes through the cache now would have to wait.
-    pub fn is_in_use(&self) -> bool {
-        self.direct.load(Ordering::SeqCst) > 0
-    }
-
-    /// Writes through the cache when no direct write is under way.
-    pub fn cached<R>(&self, write: impl FnOnce() -> R) -> R {
-        self.cached.fetch_add(1, Ordering::SeqCst);
-        if self.direct.load(Ordering::SeqCst) > 0 {
-            let mut sleep = self.sleep.lock();
-            while self.direct.load(Ordering::SeqCst) > 0 {
-                self.empty.wait(&mut sleep);
-            }
-        }
-        let result = write();
-        self.cached.fetch_sub(1, Ordering::SeqCst);
-        result
     }
 }
 
@@ -453,29 +397,34 @@ mod tests {
         assert!(is_told(None));
         // Nothing is waited for any more.
         let mut count = 0;
-        aio.reap(false, |_, _| count += 1).unwrap();
+        assert!(!aio.reap(false, |_, _| count += 1).unwrap());
         assert_eq!(count, 1);
     }
 
-    /// The page that was read for one was written back over what the other had written, or the next sync failed.
+    /// Of those that had ended at once only the first were told of, and the rest waited for another to end.
     #[test]
-    fn a_write_through_the_cache_waits_for_direct_ones_and_keeps_others_out() {
-        let gate = Gate::default();
-        assert!(gate.enter() && gate.enter());
-        let (written, word) = channel();
-        std::thread::scope(|scope| {
-            scope.spawn(|| gate.cached(|| written.send(()).unwrap()));
-            while gate.cached.load(Ordering::SeqCst) == 0 {
-                std::thread::yield_now();
-            }
-            assert!(!gate.enter(), "one waits to write through the cache");
-            gate.leave();
-            assert!(word.recv_timeout(std::time::Duration::from_millis(20)).is_err());
-            gate.leave();
-            word.recv().unwrap();
-        });
-        gate.cached(|| assert!(!gate.enter()));
-        assert!(gate.enter());
+    fn more_ends_than_are_taken_at_once_are_all_told_of() {
+        let (_file, direct) = file();
+        let aio = Aio::new(BATCH + 1).unwrap();
+        let mut requests: Vec<_> = (0..=BATCH).map(|_| page(&direct, Transfer::Read, 0, 1)).collect();
+        aio.submit(&mut requests);
+        assert_eq!(requests.len(), 1, "no more are put to the kernel at once");
+        aio.submit(&mut requests);
+        let ended = || {
+            let mut count = [0; 8];
+            // Less than 256: all in one byte, whichever that is.
+            rustix::io::read(&aio.ended, &mut count)
+                .map_or(0, |_| count.into_iter().map(u64::from).sum::<u64>())
+        };
+        let mut told = 0;
+        while told <= BATCH as u64 {
+            told += ended();
+        }
+        let mut count = 0;
+        assert!(aio.reap(false, |_, _| count += 1).unwrap(), "one is left");
+        assert_eq!(count, BATCH);
+        assert!(!aio.reap(false, |_, _| count += 1).unwrap());
+        assert_eq!(count, BATCH + 1);
     }
 
     #[test]

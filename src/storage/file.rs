@@ -9,8 +9,9 @@ use std::sync::{Arc, OnceLock};
 use rustix::fs::SeekFrom;
 use rustix::io::Errno;
 
-use super::aio::{self, Gate};
+use super::aio;
 use super::cached::{CachedReads, Found, is_in_memory, is_on_local_disk};
+use super::gate::Gate;
 use super::host::{Host, RealHost};
 use super::{DirectFile, Storage, Way, ends_early, extents};
 use crate::error::{Context, Error, Result};

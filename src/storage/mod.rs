@@ -9,6 +9,7 @@ pub mod aio;
 mod cached;
 mod extents;
 mod file;
+pub mod gate;
 mod host;
 mod io_priority;
 mod latch;
@@ -33,7 +34,7 @@ pub struct DirectFile<'a> {
     /// Opened with O_DIRECT.
     pub file: BorrowedFd<'a>,
     /// What keeps writes through the host's cache away from those under way.
-    pub gate: &'a aio::Gate,
+    pub gate: &'a gate::Gate,
 }
 
 /// How bytes travel between memory and the host's disk.

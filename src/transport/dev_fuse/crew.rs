@@ -6,7 +6,8 @@
 //! cost a second waking; first it sees to it that somebody else waits for requests. Back from the disk it waits for
 //! requests in the kernel as well, so that where many requests go to the disk each finds a thread waiting.
 //!
-//! A thread with direct requests under way goes round: it reads, puts to the kernel, and answers what has ended. It never leaves.
+//! A thread with direct requests under way goes round: it reads, puts to the kernel, and answers what has ended. It does not
+//! leave meanwhile.
 //!
 //! For what memory answers, at most half of the host's processors read: the other half is for those who ask. (On two
 //! processors a second reader made 4 KiB reads at QD32 0.77 × as many.)
@@ -43,8 +44,8 @@ pub struct Crew {
     waiting: AtomicUsize,
     /// Threads that go round.
     rounding: AtomicUsize,
-    /// Whether the watch has found one of these held up.
-    rounds_rest: AtomicBool,
+    /// Whether one of these may be held up.
+    may_be_stuck: AtomicBool,
     /// Whether no more requests are to be read.
     stopped: AtomicBool,
     /// Whether a request came since the watch last looked.
@@ -79,7 +80,7 @@ impl Crew {
             readers_max: (processors / 2).max(1),
             waiting: AtomicUsize::new(0),
             rounding: AtomicUsize::new(0),
-            rounds_rest: AtomicBool::new(false),
+            may_be_stuck: AtomicBool::new(false),
             stopped: AtomicBool::new(false),
             active: AtomicBool::new(false),
             watch_sleeps: AtomicBool::new(false),
@@ -94,39 +95,45 @@ impl Crew {
     /// Counts the caller as waiting for a request while `wait` lasts.
     pub fn waiting<T>(&self, wait: impl FnOnce() -> T) -> T {
         self.waiting.fetch_add(1, Ordering::Relaxed);
-        let result = wait();
-        self.waiting.fetch_sub(1, Ordering::Relaxed);
-        result
+        let _waiting = Waiting(self);
+        wait()
     }
 
     /// Counts the caller as going round while `go` lasts.
     pub fn rounding<T>(&self, go: impl FnOnce() -> T) -> T {
         self.rounding.fetch_add(1, Ordering::Relaxed);
-        let result = go();
-        self.rounding.fetch_sub(1, Ordering::Relaxed);
-        result
+        let _rounding = Rounding(self);
+        go()
+    }
+
+    /// Whether more threads read than are called for what memory answers.
+    pub fn is_crowded(&self) -> bool {
+        self.reading(&self.sleepers.lock()) > self.readers_max
+    }
+
+    fn reading(&self, sleepers: &Sleepers) -> usize {
+        let away = self.away_count.load(Ordering::Relaxed);
+        self.threads.saturating_sub(sleepers.asleep - sleepers.calls + away)
     }
 
     /// Notes that a thread that goes round is not held up.
     pub fn note_round(&self) {
-        if self.rounds_rest.load(Ordering::Relaxed) {
-            self.rounds_rest.store(false, Ordering::Relaxed);
+        if self.may_be_stuck.load(Ordering::Relaxed) {
+            self.may_be_stuck.store(false, Ordering::Relaxed);
         }
     }
 
     /// Whether some thread will read the next request.
     fn is_attended(&self) -> bool {
         let is_rounding =
-            || self.rounding.load(Ordering::Relaxed) > 0 && !self.rounds_rest.load(Ordering::Relaxed);
+            || self.rounding.load(Ordering::Relaxed) > 0 && !self.may_be_stuck.load(Ordering::Relaxed);
         self.waiting.load(Ordering::Relaxed) > 0 || is_rounding()
     }
 
     /// Wakes a sleeper to read beside the caller, unless as many do as may.
     pub fn call_help(&self) {
         let mut sleepers = self.sleepers.lock();
-        let away = self.away_count.load(Ordering::Relaxed);
-        let reading = self.threads.saturating_sub(sleepers.asleep - sleepers.calls + away);
-        if reading < self.readers_max {
+        if self.reading(&sleepers) < self.readers_max {
             self.wake_one(&mut sleepers);
         }
     }
@@ -161,7 +168,7 @@ impl Crew {
         self.end();
     }
 
-    /// Whether no more requests are to be read. Asked before each.
+    /// Whether no more requests are to be read. Asked before each, or before the few that are gathered.
     pub fn is_stopped(&self) -> bool {
         self.stopped.load(Ordering::SeqCst)
     }
@@ -209,9 +216,30 @@ impl Crew {
             idle = if active || nobody || more { 0 } else { idle + 1 };
             // Who has read a request since the last look is not held up.
             if nobody && !active {
-                self.rounds_rest.store(true, Ordering::Relaxed);
+                self.may_be_stuck.store(true, Ordering::Relaxed);
                 self.wake_one(&mut sleepers);
             }
+        }
+    }
+}
+
+/// Counts a thread as waiting until it is dropped.
+struct Waiting<'a>(&'a Crew);
+
+impl Drop for Waiting<'_> {
+    fn drop(&mut self) {
+        self.0.waiting.fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
+/// Counts a thread as going round until it is dropped.
+struct Rounding<'a>(&'a Crew);
+
+impl Drop for Rounding<'_> {
+    fn drop(&mut self) {
+        // One that is left may be held up: if not it says so at its next turn.
+        if self.0.rounding.fetch_sub(1, Ordering::Relaxed) > 1 {
+            self.0.may_be_stuck.store(true, Ordering::Relaxed);
         }
     }
 }
@@ -230,13 +258,13 @@ impl<'a> Hand<'a> {
         Self { crew, was_away: Cell::new(false), is_bound: Cell::new(false) }
     }
 
-    /// Says whether this thread has requests under way that only it answers: then it must not [leave](Self::leave).
+    /// Says whether this thread goes round: then it must not [leave](Self::leave).
     pub fn bind(&self, bound: bool) {
         self.is_bound.set(bound);
     }
 
     /// Lets this thread wait for the host's disk, for the sake of the file with the inode number `file`, until what is
-    /// returned is dropped. `None` if it is bound, or if too many are away already, half of them at most for one file: then a
+    /// returned is dropped. `None` if it goes round, or if too many are away already, half of them at most for one file: then a
     /// thread of a lane must do it.
     pub fn leave(&self, file: u64) -> Option<Away<'a>> {
         let crew = self.crew;
@@ -259,6 +287,11 @@ impl<'a> Hand<'a> {
         }
         self.was_away.set(true);
         Some(Away { crew, file })
+    }
+
+    /// Has another thread read meanwhile, as this one must wait without leaving.
+    pub fn call_another(&self) {
+        self.crew.call();
     }
 
     /// Whether others are away.
@@ -325,10 +358,13 @@ mod tests {
         let hand = Hand::of(&crew);
         crew.rounding(|| {
             assert!(!hand.stays());
-            crew.rounds_rest.store(true, Ordering::Relaxed);
+            crew.may_be_stuck.store(true, Ordering::Relaxed);
             assert!(hand.stays());
             crew.note_round();
             assert!(!hand.stays());
+            // Another one's rounds say nothing of this one.
+            crew.rounding(|| crew.note_round());
+            assert!(hand.stays());
         });
     }
 

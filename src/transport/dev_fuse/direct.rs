@@ -10,6 +10,7 @@ use std::cell::RefCell;
 use std::io;
 use std::os::fd::BorrowedFd;
 use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Weak};
 
 use parking_lot::Mutex;
@@ -23,6 +24,12 @@ use crate::transport::slow_lane::SlowLane;
 
 /// Most requests of one thread under way.
 const DEPTH: usize = 128;
+
+/// The same of all threads, but for large ones, of which there are as many as there are buffers for. 8 MiB.
+const SMALL_MAX: usize = 512;
+
+/// Most threads that put requests to the kernel at once, where they may have to wait: for the host's journal, before Linux 6.0.
+const SUBMITTERS_MAX: usize = 4;
 
 /// Most requests put to the kernel with one call. Each call wakes the host's disk once, which in a virtual machine costs more
 /// than the rest of a request; but the disk stands still while more are gathered. 4 KiB writes, QD32, virtio, × one at a time:
@@ -113,12 +120,19 @@ struct Tools {
     fs: Arc<Fs>,
     small: SmallBuffers,
     large: Arc<SpareBuffers>,
+    /// Threads that put requests to the kernel just now.
+    submitting: AtomicUsize,
 }
 
 impl DirectQueues {
     /// None yet. What has to wait is done by `disk`; large requests take their memory from `large`.
     pub fn new(fs: Arc<Fs>, disk: Arc<SlowLane>, large: Arc<SpareBuffers>) -> Self {
-        let tools = Arc::new(Tools { fs, small: SmallBuffers::new(DEPTH), large });
+        let tools = Arc::new(Tools {
+            fs,
+            small: SmallBuffers::new(SMALL_MAX),
+            large,
+            submitting: AtomicUsize::new(0),
+        });
         Self { tools, disk, queues: Mutex::default() }
     }
 
@@ -225,21 +239,25 @@ impl Direct {
         }
     }
 
-    /// Puts what was taken on to the kernel.
+    /// Puts what was taken on to the kernel; if too many threads do, or the kernel takes it not, to the disk lane.
     pub fn submit(&self) {
         let mut gathered = self.gathered.borrow_mut();
         if gathered.is_empty() {
             return;
         }
-        self.queue.aio.submit(&mut gathered);
+        let submitting = &self.queue.tools.submitting;
+        if submitting.fetch_add(1, Ordering::Relaxed) < SUBMITTERS_MAX {
+            self.queue.aio.submit(&mut gathered);
+        }
+        submitting.fetch_sub(1, Ordering::Relaxed);
         for request in gathered.drain(..) {
             self.queue.hand_on(request);
         }
     }
 
-    /// Answers what has ended; if nothing has and it `waits`, waits for a moment.
-    pub fn reap(&self, waits: bool) {
-        self.queue.reap(waits);
+    /// Answers what has ended, and says whether there may be more; if nothing has and it `waits`, waits for a moment.
+    pub fn reap(&self, waits: bool) -> bool {
+        self.queue.reap(waits)
     }
 
     /// Waits until nothing is under way.
@@ -262,16 +280,16 @@ impl Queue {
         self.aio.under_way() > 0
     }
 
-    fn reap(&self, waits: bool) {
+    fn reap(&self, waits: bool) -> bool {
         let ended = self.aio.reap(waits, |request, result| {
             // The hook has told of the panic, and EIO was answered as it unwound.
             let _ = catch_unwind(AssertUnwindSafe(|| self.finish(request, result)));
         });
-        if let Err(error) = ended {
+        ended.unwrap_or_else(|error| {
             // What is under way will never be answered by this process; by the next one it will.
             log::error!("wait for direct I/O: {error}");
             std::process::abort();
-        }
+        })
     }
 
     /// Answers what is done, and has done what is not.

@@ -77,6 +77,7 @@ impl Readers {
                     waits: channel,
                     waits_now,
                     looks: looks.as_ref(),
+                    helps: number > 0,
                     rounds,
                     crew,
                     hand,
@@ -137,6 +138,11 @@ impl Readers {
         }
     }
 
+    /// Takes on the threads of `others` that have not ended yet, for [`Readers::stop`] to wait for.
+    pub(super) fn adopt(&mut self, others: &mut Self) {
+        self.threads.extend(others.threads.drain(..).filter(|thread| !thread.handle.is_finished()));
+    }
+
     /// Has all threads end as soon as they have done what they had read, and says whether they have until `until`. One that
     /// has not ends later.
     pub(super) fn stop(&self, until: Instant) -> bool {
@@ -173,6 +179,8 @@ struct Reader<'a> {
     waits_now: &'a AtomicBool,
     /// Where it looks whether there is one. `None` if the user who mounted may open the device only once.
     looks: Option<&'a Arc<Channel>>,
+    /// Whether it is there to help the first one.
+    helps: bool,
     rounds: Rounds<'a>,
     crew: &'a Crew,
     hand: Hand<'a>,
@@ -242,7 +250,10 @@ impl Reader<'_> {
     fn go_round(&self, buffer: &mut RequestBuffer) -> Result<bool> {
         match (self.looks, self.rounds.direct()) {
             (Some(channel), Some(direct)) if direct.is_busy() => {
-                self.crew.rounding(|| self.rounds(channel, direct, buffer))
+                self.hand.bind(true);
+                let ended = self.crew.rounding(|| self.rounds(channel, direct, buffer));
+                self.hand.bind(false);
+                ended
             }
             _ => Ok(false),
         }
@@ -265,8 +276,9 @@ impl Reader<'_> {
             }
             direct.submit();
             if ready.requests || ready.ended {
-                direct.reap(false);
-                ready.ended = false;
+                ready.ended = direct.reap(false);
+            } else if self.helps && self.crew.is_crowded() {
+                direct.drain();
             } else {
                 ready = self.waiting(|| self.rounds.wait()).context(|| "wait for a request")?;
             }
@@ -298,7 +310,6 @@ impl Reader<'_> {
 
     fn serve(&self, channel: &Arc<Channel>, count: usize, buffer: &mut RequestBuffer) {
         self.crew.note_request();
-        self.hand.bind(self.rounds.is_busy());
         let serve = || self.server.serve(&self.hand, &self.rounds, channel, count, buffer);
         // The hook has told of the panic, and EIO was answered as it unwound. This thread must serve the next.
         let _ = catch_unwind(AssertUnwindSafe(serve));
@@ -307,4 +318,31 @@ impl Reader<'_> {
 
 fn receive(channel: &Channel, buffer: &mut RequestBuffer) -> Result<Received> {
     channel.receive(buffer.bytes()).context(|| "read a request")
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::mpsc::channel;
+
+    use super::*;
+
+    /// A second attempt to hand over went on while they still had requests under way.
+    #[test]
+    fn threads_left_over_from_a_stop_that_failed_are_waited_for_by_the_next() {
+        super::super::wake::prepare().unwrap();
+        let tally = Arc::new(Tally::default());
+        let none = || Readers { crew: Arc::new(Crew::new(1, 1)), threads: Vec::new() };
+        let (release, released) = channel::<()>();
+        let (mut old, mut new) = (none(), none());
+        let work = move || {
+            let _ = released.recv();
+            Ok(())
+        };
+        old.spawn("left over".to_owned(), &tally, Arc::default(), work).unwrap();
+        assert!(!old.stop(Instant::now()));
+        new.adopt(&mut old);
+        assert!(!new.stop(Instant::now()));
+        drop(release);
+        assert!(new.stop(Instant::now() + Duration::from_secs(60)));
+    }
 }

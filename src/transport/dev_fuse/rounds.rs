@@ -73,6 +73,20 @@ impl<'a> Rounds<'a> {
         self.direct().is_some_and(Direct::is_busy)
     }
 
+    /// Puts what was taken on to the kernel.
+    pub fn submit(&self) {
+        if let Some(direct) = self.direct() {
+            direct.submit();
+        }
+    }
+
+    /// Answers what has ended; if nothing has, waits for a moment.
+    pub fn reap(&self) {
+        if let Some(direct) = self.direct() {
+            direct.reap(true);
+        }
+    }
+
     /// Those that are or were under way.
     pub fn direct(&self) -> Option<&Direct> {
         self.means.get()?.as_ref().map(|means| &means.direct)

@@ -125,6 +125,8 @@ impl Server {
                     // Requests end by themselves, so none needs to be taken back.
                     Operation::Interrupt => {}
                     other => {
+                        // It may take a while.
+                        rounds.submit();
                         let reply = Reply::new(Arc::clone(channel), unique);
                         self.serve_rare(hand, reply, request_id(unique), ino, other);
                     }
@@ -207,7 +209,7 @@ impl Server {
         {
             return write.complete(reply, &self.fs, buffer.payload(write.bytes()));
         }
-        match if now { None } else { self.spare.take() } {
+        match if now { None } else { self.spare_buffer(rounds) } {
             Some(spare) => {
                 let buffer = std::mem::replace(buffer, spare);
                 let (fs, spare, slow) =
@@ -219,16 +221,27 @@ impl Server {
                 });
             }
             None => {
-                // It may wait for direct writes to the same file: for this thread's, if it is not to memory alone.
-                match rounds.direct() {
-                    Some(direct) if now => direct.submit(),
-                    Some(direct) => direct.drain(),
-                    None => {}
+                // The host may hold it up.
+                rounds.submit();
+                if !now {
+                    hand.call_another();
                 }
                 let outcome = guarded(|| write.execute(&self.fs, buffer.payload(write.bytes())));
                 write.finish(reply, outcome, &self.fs, &self.slow);
             }
         }
+    }
+
+    /// A buffer to take the place of one whose payload somebody else writes. If there is none, it waits for those of direct
+    /// requests that this thread has under way: what it writes itself may have to wait for them.
+    fn spare_buffer(&self, rounds: &Rounds<'_>) -> Option<RequestBuffer> {
+        let mut spare = self.spare.take();
+        rounds.submit();
+        while spare.is_none() && rounds.is_busy() {
+            rounds.reap();
+            spare = self.spare.take();
+        }
+        spare
     }
 
     /// Everything but reads and writes: what may wait for the host's disk goes to the slow lane, but for a sync by a thread

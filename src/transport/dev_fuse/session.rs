@@ -100,7 +100,10 @@ impl DevFuseSession {
         let mut readers = self.readers.lock();
         let again = Readers::start(&self.channels, self.threads, &self.server, &self.tally);
         self.tally.end_handing_over();
-        *readers = again?;
+        let mut again = again?;
+        // Some may still answer what they had read.
+        again.adopt(&mut readers);
+        *readers = again;
         Ok(())
     }
 }

@@ -85,7 +85,7 @@ impl Place {
         // A store of a version to come, and one with a damaged superblock.
         let superblock = fs::read_to_string(self.path("store/cowdisk-store.json")).unwrap();
         let newer =
-            superblock.replace("\"version\": 1", "\"version\": 2").replace("\"version\":1", "\"version\":2");
+            superblock.replace("\"version\": 2", "\"version\": 3").replace("\"version\":2", "\"version\":3");
         assert_ne!(newer, superblock);
         fs::write(self.path("newer/cowdisk-store.json"), newer).unwrap();
         fs::write(self.path("broken/cowdisk-store.json"), "{\"magic\":").unwrap();
@@ -337,6 +337,19 @@ fn json_has_stable_fields_and_sizes_in_bytes() {
     );
     assert_eq!(instance["disks"][0]["base"], image["base"]);
     assert_eq!(instance["disks"][1]["name"], "disk.local");
+    // A blank local disk is a plain file, and what `cow` says is of the root.
+    let kinds =
+        ["/cow", "/disks/0/block_size", "/disks/1/block_size", "/disks/1/base", "/disks/1/map_allocated"];
+    let kinds = kinds.map(|path| instance.pointer(path).unwrap());
+    assert_eq!(
+        kinds,
+        [&true.into(), &4096.into(), &serde_json::Value::Null, &serde_json::Value::Null, &0.into()]
+    );
+    let shown = place.works(&["instance", "show", "inst"]);
+    assert!(
+        shown.contains("overlay in blocks of 4 KiB\n") && shown.contains("independent file\n"),
+        "{shown}"
+    );
     let instances = place.json(&["instance", "list", "--json"]);
     assert_eq!(instances.as_array().unwrap().len(), 2);
     assert_eq!(instances[0]["name"], "full");

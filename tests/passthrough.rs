@@ -24,8 +24,8 @@ use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
 
 use cowdisk::daemon::DiskStatus;
-use cowdisk::store::{DiskName, InstanceSpec, NoProgress};
-use load::status;
+use cowdisk::store::{CheckRequest, DiskName, InstanceSpec, NoProgress};
+use load::{status, while_nobody_serves};
 use mount::{Aligned, IMAGE, MIB, TestMount, errno, image_bytes, name, open, open_with, read_at};
 use rustix::fs::{FallocateFlags, SeekFrom};
 use rustix::process::{Resource, Rlimit};
@@ -198,6 +198,48 @@ fn holes_sizes_and_maps_are_those_of_the_file() {
     drop(disk);
     mount.remount();
     assert_eq!(read_at(&open(&local(&mount)), 20 * MIB - 7, 7), b"the end");
+}
+
+/// An instance with copy-on-write has both kinds of disks: its local disk, which is over nothing, is one file.
+#[test]
+fn a_local_disk_passes_the_daemon_by_and_its_root_goes_on_as_an_overlay() {
+    let mut mount = passing();
+    let (root, local) = (open(&mount.disk()), open_with(&mount.local(), libc::O_DIRECT).unwrap());
+    assert_eq!(read_at(&root, 0, 5000), image_bytes(0, 5000));
+    root.write_all_at(b"of its own", 12_345).unwrap();
+    let reads_and_writes = (requests(&mount, "READ"), requests(&mount, "WRITE"));
+    assert!(reads_and_writes.0 > 0 && reads_and_writes.1 == 1, "{reads_and_writes:?}");
+    let by = |name: &str| {
+        let disks = status(&mount).disks;
+        let disk = disks.into_iter().find(|disk| disk.name == name).unwrap();
+        (disk.served_by, disk.not_kernel)
+    };
+    assert_eq!(by("web/disk.local"), ("kernel".to_owned(), None));
+    let (served_by, why) = by("web/disk");
+    assert!(served_by == "daemon" && why.as_ref().is_some_and(|why| why.contains("overlay")), "{why:?}");
+    for round in 1..=2u8 {
+        // A life of a second costs no wait after its end.
+        std::thread::sleep(std::time::Duration::from_millis(1050));
+        local.write_all_at(&Aligned::filled(4096, 9), 0).unwrap();
+        while_nobody_serves(&mount, || {
+            local.write_all_at(&Aligned::filled(4096, round), MIB).unwrap();
+            let mut seen = Aligned::new(4096);
+            local.read_exact_at(&mut seen, MIB).unwrap();
+            assert!(seen.iter().all(|byte| *byte == round), "round {round}");
+        });
+        assert_eq!(read_at(&root, 12_345, 10), b"of its own");
+        local.sync_all().unwrap();
+        root.sync_all().unwrap();
+    }
+    assert_eq!(requests(&mount, "WRITE"), 1);
+    drop((root, local));
+    mount.remount();
+    assert_eq!(read_at(&open(&mount.local()), MIB, 4096), [2; 4096]);
+    assert_eq!(read_at(&open(&mount.disk()), 12_345, 10), b"of its own");
+    // All that was asked of the disks that are closed.
+    assert!(mount.store.check(&CheckRequest::default(), &NoProgress).unwrap().findings.is_empty());
+    let status = mount.store.instance_status(&name("web")).unwrap();
+    assert_eq!(status.disks.iter().map(|disk| disk.cow).collect::<Vec<_>>(), [true, false]);
 }
 
 /// The kernel asks nobody where the disk ends.

@@ -34,11 +34,11 @@ use common::host::Event;
 use common::record::Choice;
 use common::sim::Rng;
 use common::tree::{Cut, Left, Tree};
-use cowdisk::store::NoProgress;
-use oracle::{Mark, Oracle, check_as_it_is};
+use cowdisk::store::{DiskName, NoProgress};
+use oracle::{Key, Mark, Oracle, check_as_it_is};
 use parking_lot::RwLock;
 use run::Run;
-use script::{Op, random_op, random_script};
+use script::{DiskOp, Op, random_op, random_script};
 
 /// States of a run without `COWDISK_CRASH_STATES`, which tries one in `SAMPLE` of each script's; one with it tries one in
 /// `SAMPLE_LONG`, and all of the one script if it asks for one state.
@@ -350,6 +350,36 @@ fn every_state_that_a_power_cut_leaves_of_a_store_has_each_change_done_or_not_be
         "{} states of {} scripts from seed {seed}, {} of them after a second power cut: all as promised",
         states.into_inner(),
         scripts.into_inner(),
+        twice.into_inner()
+    );
+}
+
+/// One disk is an overlay and the other a plain file. The other enumeration makes such instances, too, but tries few of the
+/// states in which they are half-made.
+#[test]
+fn an_instance_with_disks_of_both_kinds_is_made_whole_or_not_at_all() {
+    let create = Op::Create { instance: 0, image: 0, flavor: None, local: true, no_cow: false };
+    let both = |op: DiskOp| DiskName::ALL.map(|disk| Op::Disk(0, disk, op.clone()));
+    let mut ops = vec![Op::Import { image: 0, twin: false, kernel: false }, create];
+    for op in [DiskOp::Write(3, 9), DiskOp::Flush, DiskOp::Write(8, 16), DiskOp::Discard(0, 12), DiskOp::Grow]
+    {
+        ops.extend(both(op));
+    }
+    ops.push(Op::RemoveInstance(0));
+    let (states, twice) = (AtomicU64::new(0), AtomicU64::new(0));
+    let mut enumeration = Enumeration::new(&states, &twice, 2);
+    let folder = scratch();
+    let run = enumeration.record(folder.path(), &ops);
+    let place = |found: fn(&Event<Mark>) -> bool| {
+        run.host.lock().events.iter().position(found).expect("the instance is made")
+    };
+    let asked = place(|event| matches!(event, Event::Mark(Mark::Asked(Key::Instance(_), _))));
+    let answered = place(|event| matches!(event, Event::Mark(Mark::Answered(Key::Instance(_), _))));
+    assert!(answered - asked > 10, "each file is made, filled and synced: {asked} to {answered}");
+    enumeration.all_moments(&run, asked, 1);
+    println!(
+        "{} states, {} of them after a second power cut: all as promised",
+        states.into_inner(),
         twice.into_inner()
     );
 }

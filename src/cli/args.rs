@@ -229,10 +229,11 @@ pub struct CreateArgs {
     /// Size of the root disk, at least the image's; the image's size without it
     #[arg(long, value_name = "SIZE", value_parser = disk_size, allow_negative_numbers = true)]
     pub root_size: Option<u64>,
-    /// Size of the local disk, at least the flavor's
+    /// Size of the local disk, at least the flavor's. Without a flavor that has a file system the disk is blank, and a file
+    /// of its own
     #[arg(long, value_name = "SIZE", value_parser = disk_size, allow_negative_numbers = true)]
     pub local_size: Option<u64>,
-    /// Unit of copy-on-write: a power of two from 4K to 64K [default: 4K]
+    /// Unit of copy-on-write, of the disks that are overlays: a power of two from 4K to 64K [default: 4K]
     #[arg(long, value_name = "SIZE", value_parser = block_size, allow_negative_numbers = true, conflicts_with = "no_cow")]
     pub block_size: Option<u32>,
     /// Make full, independent disks instead of overlays
@@ -250,8 +251,8 @@ pub struct MountArgs {
     #[arg(short, long)]
     pub foreground: bool,
     /// Options, separated by commas: ro, transport=NAME, threads=N, flush=SECONDS, allow_other, noallow_other, accept_loss,
-    /// passthrough=auto|off, reserve=SIZE, high_water=PERCENT, log=FILE. With passthrough=auto the kernel serves full copies by
-    /// itself where it can; that needs transport=dev_fuse
+    /// passthrough=auto|off, reserve=SIZE, high_water=PERCENT, log=FILE. With passthrough=auto the kernel serves full copies and
+    /// blank local disks by itself where it can; that needs transport=dev_fuse
     #[arg(short, value_name = "OPT,…", allow_hyphen_values = true)]
     pub options: Vec<String>,
     /// Check the store, the mountpoint and the options, and mount nothing

@@ -110,9 +110,15 @@ fn fuse_conf() -> Line {
 
 fn passthrough(version: Option<(u32, u32)>, mounts_itself: bool) -> Line {
     let message = match (version.is_some_and(|version| version >= PASSES_THROUGH), mounts_itself) {
-        (true, true) => "the kernel can serve full copies by itself, where a mount has -o passthrough=auto",
-        (true, false) => "the kernel serves full copies by itself only for who has CAP_SYS_ADMIN",
-        (false, _) => "the daemon serves full copies, as all disks: Linux 6.9 and newer could by itself",
+        (true, true) => {
+            "the kernel can serve disks that are plain files by itself, where a mount has -o passthrough=auto"
+        }
+        (true, false) => {
+            "the kernel serves disks that are plain files by itself only for who has CAP_SYS_ADMIN"
+        }
+        (false, _) => {
+            "the daemon serves disks that are plain files, as all others: Linux 6.9 and newer could by itself"
+        }
     };
     Line::ok("passthrough", message)
 }

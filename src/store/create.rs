@@ -1,8 +1,8 @@
 //! Making instances: one, or many at once.
 //!
-//! An instance is made in a folder in `tmp/` and appears whole by one rename. Overlays take a few system calls and as
-//! many syncs, so all of it happens under the store's lock; a full copy (`no_cow`) takes long, so there only the
-//! rename does, and a shared lock of each base keeps the sources from being removed meanwhile.
+//! An instance is made in a folder in `tmp/` and appears whole by one rename. Overlays, and plain disks over nothing, take
+//! a few system calls and as many syncs, so all of it happens under the store's lock; a full copy (`no_cow`) takes long,
+//! so there only the rename does, and a shared lock of each base keeps the sources from being removed meanwhile.
 //!
 //! A sync costs a commit of the host's file system, which is most of what an instance costs. So all files of a group of
 //! instances are written, and are on their way to the disk, before the first of them is synced: what is committed for it
@@ -29,7 +29,7 @@ use crate::storage::{FileStorage, Storage};
 use crate::units::{BLOCK_BYTES_MIN, Geometry, HumanBytes, check_block_bytes, check_disk_bytes};
 
 /// Bytes that a new instance of overlays takes at most: a record, and per disk a superblock and what the host's filesystem
-/// needs to find it.
+/// needs to find it. A plain disk over nothing takes less.
 const OVERLAYS_BYTES: u64 = 64 << 10;
 
 /// Instances that are made durable together. Each has up to six files and folders open meanwhile, and the store is locked.
@@ -41,10 +41,28 @@ const SYNC_THREADS: usize = 8;
 /// An instance that is whole, but for its place.
 struct Made<'a> {
     draft: DraftDir<'a>,
-    /// What is not synced.
-    layers: Vec<LayerFiles>,
-    record: FileStorage,
+    files: Unsynced,
     instance: Instance,
+}
+
+/// Files of an instance that are written and not synced.
+#[derive(Default)]
+struct Unsynced {
+    layers: Vec<LayerFiles>,
+    /// Plain disks and the record.
+    others: Vec<FileStorage>,
+}
+
+impl Unsynced {
+    fn start_writing(&self) {
+        self.others.iter().for_each(FileStorage::start_writing);
+        self.layers.iter().for_each(LayerFiles::start_writing);
+    }
+
+    fn sync(&self) -> Result<()> {
+        self.layers.iter().try_for_each(LayerFiles::sync)?;
+        self.others.iter().try_for_each(FileStorage::sync_all)
+    }
 }
 
 impl Store {
@@ -122,11 +140,15 @@ impl Store {
     fn make_overlays(&self, name: &ObjectName, spec: &InstanceSpec) -> Result<Made<'_>> {
         let instance = self.plan(name, spec)?;
         let draft = DraftDir::new(&self.tmp, "instance")?;
-        let mut layers = Vec::new();
+        let mut files = Unsynced::default();
         for (disk, made) in instance.disks() {
-            layers.push(self.lay_out_overlay(draft.dir(), disk, &made).context(|| disk.as_str())?);
+            if made.is_overlay() {
+                files.layers.push(self.lay_out_overlay(draft.dir(), disk, &made).context(|| disk.as_str())?);
+            } else {
+                files.others.push(lay_out_blank(draft.dir(), disk, &made).context(|| disk.as_str())?);
+            }
         }
-        self.complete(draft, layers, instance)
+        self.complete(draft, files, instance)
     }
 
     fn create_copies(
@@ -142,7 +164,7 @@ impl Store {
         }
         let lock = self.lock()?;
         self.check_instance_absent(name)?;
-        let made = self.complete(draft, Vec::new(), instance)?;
+        let made = self.complete(draft, Unsynced::default(), instance)?;
         self.publish(vec![made], &lock)
     }
 
@@ -165,7 +187,12 @@ impl Store {
             flavor: spec.flavor.clone(),
             cow: !spec.no_cow,
             root: plan_root(spec.root_size, &image, block_bytes)?,
-            local: plan_local(spec.local_size, flavor.as_ref(), block_bytes)?,
+            local: plan_local(
+                spec.local_size,
+                flavor.as_ref(),
+                block_bytes,
+                self.identity.has_plain_blanks(),
+            )?,
             kernel: image.kernel,
             ramdisk: image.ramdisk,
             created: Timestamp::now(),
@@ -210,22 +237,17 @@ impl Store {
         file.sync_all()
     }
 
-    /// Writes the record. All files of the draft but those of `layers` are synced.
-    fn complete<'a>(
-        &self,
-        draft: DraftDir<'a>,
-        layers: Vec<LayerFiles>,
-        instance: Instance,
-    ) -> Result<Made<'a>> {
+    /// Writes the record. All files of the draft but `files` are synced.
+    fn complete<'a>(&self, draft: DraftDir<'a>, mut files: Unsynced, instance: Instance) -> Result<Made<'a>> {
         for id in instance.kernel.iter().chain(&instance.ramdisk) {
             if !self.boot.has(&id.to_string())? {
                 return Err(Error::new(ErrorKind::NotFound, format!("boot file {id}: not found")));
             }
         }
         let record = record::write_into_draft(draft.dir(), layout::INSTANCE_RECORD, &instance.to_record())?;
-        record.start_writing();
-        layers.iter().for_each(LayerFiles::start_writing);
-        Ok(Made { draft, layers, record, instance })
+        files.others.push(record);
+        files.start_writing();
+        Ok(Made { draft, files, instance })
     }
 
     /// Syncs what is not synced, and has the instances appear. After an error none of them is there, or the message says
@@ -240,11 +262,17 @@ impl Store {
     }
 }
 
+/// Makes the file of a plain disk over nothing, all of it a hole, and leaves syncing it to [`Store::publish`].
+fn lay_out_blank(folder: &Dir, disk: DiskName, made: &InstanceDisk) -> Result<FileStorage> {
+    let file = folder.create_file(disk_file(disk, DiskPart::Raw), MODE_PRIVATE)?;
+    file.set_len(made.size)?;
+    Ok(file)
+}
+
 /// Syncs all files and folders of instances that are not in their places yet.
 fn sync_all(made: &[Made<'_>]) -> Result<()> {
-    let sync = |Made { draft, layers, record, .. }: &Made<'_>| {
-        layers.iter().try_for_each(LayerFiles::sync)?;
-        record.sync_all()?;
+    let sync = |Made { draft, files, .. }: &Made<'_>| {
+        files.sync()?;
         draft.dir().sync()
     };
     if made.len() < SYNC_THREADS {
@@ -277,10 +305,13 @@ fn plan_root(size: Option<u64>, image: &Image, block_bytes: Option<u32>) -> Resu
     Ok(InstanceDisk { base: Some(image.base), size, block_bytes })
 }
 
+/// A local disk over nothing is a file of its own where `plain_blanks` says that such may be: all its bytes are in one file
+/// anyway.
 fn plan_local(
     size: Option<u64>,
     flavor: Option<&Flavor>,
     block_bytes: Option<u32>,
+    plain_blanks: bool,
 ) -> Result<Option<InstanceDisk>> {
     let Some(size) = size.or(flavor.map(|flavor| flavor.local_size)) else { return Ok(None) };
     check_disk_bytes(size).context(|| "local disk")?;
@@ -292,5 +323,10 @@ fn plan_local(
             format!("local disk of {asked}: smaller than that of flavor {} ({needed})", flavor.name);
         return Err(Error::new(ErrorKind::Invalid, message));
     }
-    Ok(Some(InstanceDisk { base: flavor.and_then(|flavor| flavor.base), size, block_bytes }))
+    let base = flavor.and_then(|flavor| flavor.base);
+    Ok(Some(InstanceDisk {
+        base,
+        size,
+        block_bytes: block_bytes.filter(|_| base.is_some() || !plain_blanks),
+    }))
 }

@@ -493,6 +493,6 @@ impl Store {
     }
 }
 
-fn no_such_disk(instance: &ObjectName, disk: DiskName) -> Error {
+pub(super) fn no_such_disk(instance: &ObjectName, disk: DiskName) -> Error {
     Error::new(ErrorKind::NotFound, format!("disk {instance}/{disk}: not found"))
 }

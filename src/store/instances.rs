@@ -8,6 +8,7 @@ use serde::{Deserialize, Serialize};
 use super::Store;
 use super::atomic::Removal;
 use super::dir::{Access, Dir};
+use super::disk::no_such_disk;
 use super::layout::{self, DiskPart, disk_file};
 use super::lock::{Share, try_lock};
 use super::names::{DiskName, ObjectName};
@@ -36,7 +37,7 @@ pub struct Instance {
     pub image: ObjectName,
     /// The flavor that its local disk was made from, if any. It may be gone unless the disk is an overlay of its base.
     pub flavor: Option<ObjectName>,
-    /// Whether its disks are overlays; else they are independent files.
+    /// Whether its root is an overlay; else all its disks are independent files.
     pub cow: bool,
     /// `disk`.
     pub root: InstanceDisk,
@@ -61,6 +62,23 @@ pub struct InstanceDisk {
     pub block_bytes: Option<u32>,
 }
 
+impl InstanceDisk {
+    /// Whether it is an overlay; else it is a file of its own.
+    pub fn is_overlay(&self) -> bool {
+        self.block_bytes.is_some()
+    }
+
+    /// The files that it cannot be without.
+    pub(super) fn parts(&self) -> &'static [DiskPart] {
+        if self.is_overlay() { &[DiskPart::Map, DiskPart::Data] } else { &[DiskPart::Raw] }
+    }
+
+    /// The file whose lock is the disk's.
+    pub(super) fn locked_part(&self) -> DiskPart {
+        if self.is_overlay() { DiskPart::Map } else { DiskPart::Raw }
+    }
+}
+
 /// An instance to be created.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct InstanceSpec {
@@ -72,7 +90,7 @@ pub struct InstanceSpec {
     pub root_size: Option<u64>,
     /// Bytes of its local disk; `None`: the flavor's, or no local disk. Without a flavor the disk is blank.
     pub local_size: Option<u64>,
-    /// Bytes of a block; `None`: 4,096.
+    /// Bytes of a block of its overlays, the root above all; `None`: 4,096.
     pub block_bytes: Option<u32>,
     /// Full, independent copies instead of overlays.
     pub no_cow: bool,
@@ -110,10 +128,11 @@ struct DiskRecord {
 }
 
 impl DiskRecord {
-    fn checked(&self, cow: bool) -> Result<InstanceDisk> {
+    /// `may_be_plain` of a disk of an instance with copy-on-write.
+    fn checked(&self, cow: bool, may_be_plain: bool) -> Result<InstanceDisk> {
         check_disk_bytes(self.size)?;
         self.block_bytes.map_or(Ok(()), check_block_bytes)?;
-        if cow != self.block_bytes.is_some() {
+        if cow != self.block_bytes.is_some() && !(may_be_plain && cow && self.base.is_none()) {
             return Err(Error::new(
                 ErrorKind::Invalid,
                 "a block size belongs to an overlay, and only to one",
@@ -130,15 +149,17 @@ impl From<InstanceDisk> for DiskRecord {
 }
 
 impl Instance {
-    fn from_record(name: ObjectName, record: &InstanceRecord) -> Result<Self> {
+    /// `plain_blanks`: [`Identity::has_plain_blanks`] of its store.
+    fn from_record(name: ObjectName, record: &InstanceRecord, plain_blanks: bool) -> Result<Self> {
+        let local = |disk: &DiskRecord| disk.checked(record.cow, plain_blanks);
         Ok(Self {
             name,
             id: record.id,
             image: record.image.clone(),
             flavor: record.flavor.clone(),
             cow: record.cow,
-            root: record.root.checked(record.cow)?,
-            local: record.local.as_ref().map(|disk| disk.checked(record.cow)).transpose()?,
+            root: record.root.checked(record.cow, false)?,
+            local: record.local.as_ref().map(local).transpose()?,
             kernel: record.kernel,
             ramdisk: record.ramdisk,
             created: record.created,
@@ -166,10 +187,15 @@ impl Instance {
             .filter_map(|(name, disk)| disk.map(|disk| (name, disk)))
     }
 
+    /// Its disk of that name, if it has one.
+    pub fn disk(&self, name: DiskName) -> Option<InstanceDisk> {
+        self.disks().find(|(other, _)| *other == name).map(|(_, disk)| disk)
+    }
+
     /// The bases that its overlays are over, as its record says.
     pub(super) fn overlaid_bases(&self) -> Vec<BaseId> {
-        let disks = self.disks().filter(|_| self.cow);
-        disks.filter_map(|(_, disk)| disk.base).collect()
+        let overlays = self.disks().filter(|(_, disk)| disk.is_overlay());
+        overlays.filter_map(|(_, disk)| disk.base).collect()
     }
 }
 
@@ -189,7 +215,8 @@ impl Store {
 
     pub(super) fn instance_in(&self, folder: &Dir, name: &ObjectName) -> Result<Instance> {
         let record: InstanceRecord = record::read(folder, layout::INSTANCE_RECORD, RECORD_BYTES_MAX)?;
-        Instance::from_record(name.clone(), &record).map_err(|error| {
+        let instance = Instance::from_record(name.clone(), &record, self.identity.has_plain_blanks());
+        instance.map_err(|error| {
             let path = folder.path_of(layout::INSTANCE_RECORD);
             Error::caused(ErrorKind::Corrupt, format!("{}: not a valid record", path.display()), error)
         })
@@ -287,8 +314,9 @@ impl Store {
         times: &Timestamps,
     ) -> Result<()> {
         let folder = self.instance_dir_of(name, id)?;
-        let cow = self.instance_in(&folder, name)?.cow;
-        let file = disk_file(disk, if cow { DiskPart::Data } else { DiskPart::Raw });
+        let made = self.instance_in(&folder, name)?.disk(disk);
+        let is_overlay = made.ok_or_else(|| no_such_disk(name, disk))?.is_overlay();
+        let file = disk_file(disk, if is_overlay { DiskPart::Data } else { DiskPart::Raw });
         folder.set_times(file, times)
     }
 }

@@ -14,7 +14,7 @@
 //!   instances/NAME/instance.json
 //!   instances/NAME/disk.map     overlay: the map; its flock is held by whoever has the disk open
 //!   instances/NAME/disk.data    overlay: the data file
-//!   instances/NAME/disk.raw     instead of the two: an independent disk; its flock is the disk's
+//!   instances/NAME/disk.raw     instead of the two: a plain file, an independent disk; its flock is the disk's
 //!   instances/NAME/disk.attr    owner, mode and extended attributes, where they were ever changed
 //!   instances/NAME/disk.local.… the same for the local disk
 //!   attrs/image-NAME.json       the same for what the mount shows of an image
@@ -24,6 +24,14 @@
 //!
 //! A name may end in `.json` itself: `images/a.json.json` is the image `a.json`. A file whose name does not follow
 //! these rules is none of the store's: lists pass over it.
+//!
+//! **Versions.** A store keeps the version that it was made with. What is made in it is such that every program which knows
+//! that version can read it; programs that know older ones only refuse the store, in words, before they read anything else.
+//!
+//! - 1: all disks of an instance are overlays (`cow` in its record, and each with `block_bytes`), or none is.
+//! - 2: `cow` says what the root is. A local disk over nothing, with neither `base` nor `block_bytes` in its record, is a
+//!   plain file in each new instance; one that is an overlay, from a store of version 1 that lost its superblock and got a new
+//!   one, goes on as it is.
 
 use super::names::{DiskName, ObjectName};
 

@@ -124,8 +124,10 @@ impl Store {
 
     fn status_at(&self, folder: &Dir, name: &ObjectName) -> Result<InstanceStatus> {
         let instance = self.instance_at(folder, name)?;
-        let status = if instance.cow { Self::overlay_status_in } else { Self::disk_status_in };
-        let disks = instance.disks().map(|(disk, _)| status(self, folder, name, disk));
+        let disks = instance.disks().map(|(disk, made)| {
+            let status = if made.is_overlay() { Self::overlay_status_in } else { Self::plain_status_in };
+            status(self, folder, name, disk)
+        });
         let disks = disks.collect::<Result<_>>()?;
         Ok(InstanceStatus { instance, disks })
     }
@@ -159,17 +161,25 @@ impl Store {
         self.overlay_status_in(folder, instance, disk)
     }
 
+    /// [`Store::disk_status_in`] of a disk that is no overlay.
+    fn plain_status_in(&self, folder: &Dir, _instance: &ObjectName, disk: DiskName) -> Result<DiskStatus> {
+        let raw = disk_file(disk, DiskPart::Raw);
+        folder.stat_file(raw)?.map(|raw| status_of_file(&raw)).ok_or_else(|| missing(folder, raw))
+    }
+
     /// [`Store::disk_status_in`] of a disk that is an overlay.
     fn overlay_status_in(&self, folder: &Dir, instance: &ObjectName, disk: DiskName) -> Result<DiskStatus> {
         let (map, map_stat) = self.open_map(folder, instance, disk)?;
         let data = disk_file(disk, DiskPart::Data);
-        let data = folder.stat_file(data)?.ok_or_else(|| {
-            Error::new(ErrorKind::NotFound, format!("{}: missing", folder.path_of(data).display()))
-        })?;
+        let data = folder.stat_file(data)?.ok_or_else(|| missing(folder, data))?;
         let superblock = read_superblock(&map).context(|| format!("look up {instance}/{disk}"))?;
         let size = superblock.geometry.size();
         Ok(DiskStatus { size, map_allocated: allocated(&map_stat), cow: true, ..status_of_file(&data) })
     }
+}
+
+fn missing(folder: &Dir, file: &str) -> Error {
+    Error::new(ErrorKind::NotFound, format!("{}: missing", folder.path_of(file).display()))
 }
 
 /// What the file of a disk's data tells.

@@ -74,6 +74,7 @@ use rustix::process::{Gid, Uid};
 
 use dir::Dir;
 use lock::StoreLock;
+use superblock::Identity;
 
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::storage::{Host, RealHost, Room};
@@ -82,8 +83,8 @@ use crate::storage::{Host, RealHost, Room};
 #[derive(Debug)]
 pub struct Store {
     path: PathBuf,
-    /// Empty if the superblock is lost and nothing tells what it was.
-    uuid: String,
+    /// Its uuid is empty if the superblock is lost and nothing tells what it was.
+    identity: Identity,
     /// What is wrong with the superblock of a store that was opened for a check all the same.
     superblock_fault: Option<Error>,
     run_dir_wanted: Option<PathBuf>,
@@ -146,11 +147,11 @@ impl Store {
         Ok(store)
     }
 
-    /// `without` says what the uuid is of a store whose superblock cannot be read, or that it is not opened then.
+    /// `without` says what store it is whose superblock cannot be read, or that it is not opened then.
     fn open_unswept(
         host: Arc<dyn Host>,
         dir: &Path,
-        without: impl FnOnce(&Dir, Error) -> Result<(String, Error)>,
+        without: impl FnOnce(&Dir, Error) -> Result<(Identity, Error)>,
     ) -> Result<Self> {
         let shown = dir.display();
         let hint = format!("make one: cowdisk --store {shown} init");
@@ -168,10 +169,10 @@ impl Store {
             return Err(Error::new(ErrorKind::Denied, message));
         }
         let read = match superblock::read(&root) {
-            Ok(uuid) => Ok((uuid, None)),
-            Err(error) => without(&root, error).map(|(uuid, fault)| (uuid, Some(fault))),
+            Ok(identity) => Ok((identity, None)),
+            Err(error) => without(&root, error).map(|(identity, fault)| (identity, Some(fault))),
         };
-        let (uuid, superblock_fault) = read.map_err(|error| match error.kind() {
+        let (identity, superblock_fault) = read.map_err(|error| match error.kind() {
             ErrorKind::NotFound => {
                 Error::new(ErrorKind::NotFound, format!("{shown}: not a cowdisk store")).with_hint(hint)
             }
@@ -180,7 +181,7 @@ impl Store {
         let open = |name| root.open_dir(name).context(|| format!("open store {shown}"));
         Ok(Self {
             path: dir.to_owned(),
-            uuid,
+            identity,
             superblock_fault,
             run_dir_wanted: None,
             accept_loss: false,
@@ -229,7 +230,7 @@ impl Store {
 
     /// 32 hex digits that no other store has.
     fn uuid(&self) -> &str {
-        &self.uuid
+        &self.identity.uuid
     }
 
     /// Takes the right to serve the store at `mountpoint` until the lock is dropped.

@@ -1,4 +1,4 @@
-//! A disk that is one file: an instance made without copy-on-write.
+//! A disk that is one file: of an instance made without copy-on-write, or a local disk over nothing.
 
 use std::os::fd::BorrowedFd;
 use std::sync::Arc;

@@ -2,7 +2,7 @@
 //!
 //! A record is untrusted when read: its size is bounded, an unknown field is refused, and every name, hash and size is
 //! checked before it is used; the error names the file. **How records evolve:** the version of the store's superblock
-//! covers all of them. A new field is a new store version; a newer cowdisk reads older records (`serde(default)` for
+//! covers all of them (`layout.rs` lists the versions). A new field is a new store version; a newer cowdisk reads older records (`serde(default)` for
 //! what they lack), an older cowdisk refuses the newer store before it reads any record.
 
 use std::fmt;

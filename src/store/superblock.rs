@@ -13,8 +13,11 @@ use crate::error::{Context, Error, ErrorKind, Result};
 use crate::storage::Host;
 
 const MAGIC: &str = "cowdisk-store";
-/// The version that this code writes, and the newest that it reads.
-const VERSION: u32 = 1;
+/// The version of the stores that this code makes, and the newest that it reads. It reads all before it, too, and leaves a
+/// store at the version that it has.
+const VERSION: u32 = 2;
+/// From this version on a new disk over nothing is a plain file; before it was an overlay in any instance with an overlay.
+const VERSION_OF_PLAIN_BLANKS: u32 = 2;
 const UUID_BYTES: usize = 16;
 /// Access mode of the store's folder.
 const MODE_STORE: u32 = 0o700;
@@ -30,6 +33,27 @@ struct SuperblockRecord {
     created: Timestamp,
 }
 
+/// What the superblock tells of a store.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Identity {
+    /// 32 hex digits that no other store has; empty if they are lost.
+    pub(super) uuid: String,
+    version: u32,
+}
+
+impl Identity {
+    /// Of a store whose superblock is lost: as if it were of the newest version, of which all others are a part.
+    pub(super) fn without_superblock(uuid: String) -> Self {
+        Self { uuid, version: VERSION }
+    }
+
+    /// Whether an instance's disk over nothing may be a plain file though its root is an overlay; then a new one is. Programs
+    /// that know no newer version than the one before take such an instance for damaged, and never get to see it.
+    pub(super) fn has_plain_blanks(&self) -> bool {
+        self.version >= VERSION_OF_PLAIN_BLANKS
+    }
+}
+
 /// What the superblock of every version has: read first, so that a newer store is told from a damaged one.
 #[derive(Deserialize)]
 struct AnyVersion {
@@ -37,11 +61,11 @@ struct AnyVersion {
     version: u32,
 }
 
-/// Reads and checks the superblock; returns the store's uuid.
+/// Reads and checks the superblock.
 ///
 /// # Errors
 /// [`ErrorKind::NotFound`] if there is none.
-pub(super) fn read(root: &Dir) -> Result<String> {
+pub(super) fn read(root: &Dir) -> Result<Identity> {
     let file = root.path_of(layout::SUPERBLOCK).display().to_string();
     let any: AnyVersion = record::read(root, layout::SUPERBLOCK, record::RECORD_BYTES_MAX)?;
     if any.magic != MAGIC {
@@ -55,7 +79,7 @@ pub(super) fn read(root: &Dir) -> Result<String> {
     if superblock.version == 0 || !is_uuid(&superblock.uuid) {
         return Err(Error::new(ErrorKind::Corrupt, format!("{file}: not a valid superblock")));
     }
-    Ok(superblock.uuid)
+    Ok(Identity { uuid: superblock.uuid, version: superblock.version })
 }
 
 /// Whether a folder whose superblock is missing or damaged is a store all the same: it has all folders of one, and
@@ -69,12 +93,12 @@ pub(super) fn is_store_without(root: &Dir) -> bool {
         })
 }
 
-/// Writes the superblock of the store `uuid` anew.
-pub(super) fn rewrite(tmp: &Dir, root: &Dir, uuid: &str, _lock: &StoreLock) -> Result<()> {
+/// Writes the superblock of a store anew.
+pub(super) fn rewrite(tmp: &Dir, root: &Dir, identity: &Identity, _lock: &StoreLock) -> Result<()> {
     let superblock = SuperblockRecord {
         magic: MAGIC.to_owned(),
-        version: VERSION,
-        uuid: uuid.to_owned(),
+        version: identity.version,
+        uuid: identity.uuid.clone(),
         created: Timestamp::now(),
     };
     atomic::replace_file(tmp, root, layout::SUPERBLOCK, &record::encode(&superblock)?)

@@ -26,7 +26,7 @@ pub struct Usage {
     pub overlays: u64,
     /// Taken by the maps of overlays.
     pub maps: u64,
-    /// Taken by independent disks, what they share with a base (reflinks) counted as well.
+    /// Taken by independent disks: full copies, what they share with a base (reflinks) counted as well, and blank local disks.
     pub independent: u64,
     /// Taken by the bases of images and flavors.
     pub bases: u64,

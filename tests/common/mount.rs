@@ -71,6 +71,21 @@ impl TestMount {
 
     /// The same, not mounted, with its store below `parent`.
     pub fn unmounted(options: &str, parent: &Path) -> Self {
+        Self::unmounted_with(options, parent, |_| {})
+    }
+
+    /// The same, with a store that a program of before has made: disks over nothing are overlays, too.
+    pub fn unmounted_of_version_1(options: &str, parent: &Path) -> Self {
+        Self::unmounted_with(options, parent, |store| {
+            let path = store.join("cowdisk-store.json");
+            let record = std::fs::read_to_string(&path).unwrap();
+            let old = record.replace("\"version\": 2", "\"version\": 1");
+            assert_ne!(old, record);
+            File::create(path).unwrap().write_all(old.as_bytes()).unwrap();
+        })
+    }
+
+    fn unmounted_with(options: &str, parent: &Path, change: impl FnOnce(&Path)) -> Self {
         assert!(
             Path::new("/dev/fuse").exists(),
             "/dev/fuse is missing: load the kernel's module (modprobe fuse) or start the container with it"
@@ -78,7 +93,10 @@ impl TestMount {
         let folder = tempfile::tempdir_in(parent).unwrap();
         let run = tempfile::tempdir_in("/dev/shm").unwrap();
         std::fs::create_dir(folder.path().join("mnt")).unwrap();
-        let store = Store::init(&folder.path().join("store")).unwrap().with_run_dir(run.path());
+        let path = folder.path().join("store");
+        Store::init(&path).unwrap();
+        change(&path);
+        let store = Store::open(&path).unwrap().with_run_dir(run.path());
         let source = folder.path().join("image.raw");
         let mut file = File::create(&source).unwrap();
         file.write_all(&image_bytes(0, 2 * MIB)).unwrap();

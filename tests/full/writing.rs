@@ -78,10 +78,10 @@ impl Written {
     }
 }
 
-/// A store with the instances `web` and `other` on a host of that kind, their local disks grown to 1 GiB.
+/// A store with the instances `web` and `other` on a host of that kind, their local disks, which are overlays, grown to 1 GiB.
 fn mounted(kind: Kind, options: &str) -> (SmallHost, TestMount) {
     let host = SmallHost::new(kind);
-    let mut mount = TestMount::unmounted(options, &host.path());
+    let mut mount = TestMount::unmounted_of_version_1(options, &host.path());
     mount.create("other");
     mount.create("idle");
     mount.mount().unwrap();
@@ -244,25 +244,22 @@ fn a_flush_succeeds_without_a_free_block_on_xfs() {
     flush_succeeds_without_a_free_block(Kind::Xfs);
 }
 
-/// The disk of an instance that is no overlay: where it has space only its file knows.
-fn full_host_refuses_new_space_to_independent_disks_only(kind: Kind) {
-    let (host, mut mount) = mounted(kind, QUIET);
-    let spec = cowdisk::store::InstanceSpec {
-        local_size: Some(1 << 30),
-        no_cow: true,
-        ..cowdisk::store::InstanceSpec::of(name(crate::mount::IMAGE))
-    };
-    mount.store.create_instance(&name("plain"), &spec, &cowdisk::store::NoProgress).unwrap();
-    let mut plain = Written::open(&mount.path("instances/plain/disk.local"), 0);
+/// A disk that is no overlay: where it has space only its file knows.
+fn full_host_refuses_new_space_to_plain_disks_only(kind: Kind, flags: i32) {
+    let host = SmallHost::new(kind);
+    let mut mount = TestMount::unmounted(QUIET, &host.path());
+    mount.mount().unwrap();
+    let mut plain = Written::open(&mount.local(), flags);
+    plain.file.set_len(1 << 30).unwrap();
     fallocate(&plain.file, FallocateFlags::empty(), 200 * MIB, MIB).unwrap();
     plain.write(0, 256, 1).unwrap();
     plain.fill_up(1);
-    assert!(host.available() + MIB >= host.reserve());
+    assert!(host.available() + MIB >= host.reserve(), "{} are left", host.available());
     plain.write(0, 256, 2).unwrap();
     plain.write(200 * MIB / BLOCK, 16, 3).unwrap();
     plain.fill(4096, 1, 1, 9);
     // Two sectors in blocks that are there, at an odd place.
-    plain.file.write_all_at(&[3; 1024], 200 * MIB + 3584).unwrap();
+    plain.file.write_all_at(&Aligned::filled(1024, 3), 200 * MIB + 3584).unwrap();
     plain.file.sync_all().unwrap();
     plain.check_mounted("full");
     let punch = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
@@ -275,13 +272,18 @@ fn full_host_refuses_new_space_to_independent_disks_only(kind: Kind) {
 }
 
 #[test]
-fn a_full_ext4_refuses_new_space_to_independent_disks_only() {
-    full_host_refuses_new_space_to_independent_disks_only(Kind::Ext4);
+fn a_full_ext4_refuses_new_space_to_plain_disks_only() {
+    full_host_refuses_new_space_to_plain_disks_only(Kind::Ext4, 0);
 }
 
 #[test]
-fn a_full_xfs_refuses_new_space_to_independent_disks_only() {
-    full_host_refuses_new_space_to_independent_disks_only(Kind::Xfs);
+fn a_full_ext4_refuses_new_space_to_plain_disks_that_are_written_directly_only() {
+    full_host_refuses_new_space_to_plain_disks_only(Kind::Ext4, libc::O_DIRECT);
+}
+
+#[test]
+fn a_full_xfs_refuses_new_space_to_plain_disks_that_are_written_directly_only() {
+    full_host_refuses_new_space_to_plain_disks_only(Kind::Xfs, libc::O_DIRECT);
 }
 
 #[test]
@@ -308,7 +310,7 @@ fn the_reserve_is_as_large_as_the_option_says_and_statfs_leaves_it_out() {
 /// The tmpfs of the live maps is full: that is an error to the writer, and no signal to the daemon.
 #[test]
 fn a_full_run_directory_fails_the_write_that_needs_it_and_nothing_else() {
-    let mut mount = TestMount::unmounted(QUIET, &std::env::temp_dir());
+    let mut mount = TestMount::unmounted_of_version_1(QUIET, &std::env::temp_dir());
     let run = mount.store.run_dir().unwrap();
     let tmpfs = |options: &str| {
         let mut command = std::process::Command::new("mount");

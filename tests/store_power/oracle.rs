@@ -219,7 +219,11 @@ impl Oracle {
     fn look_at_instance(&self, store: &Store, instance: &Instance, found: &mut Found) {
         let version = version_of(instance);
         found.versions.insert(Key::Instance(instance.name.to_string()), version.clone());
-        for (disk, _) in instance.disks() {
+        for (disk, made) in instance.disks() {
+            // An overlay of something, or a plain file.
+            assert_eq!(made.is_overlay(), instance.cow && made.base.is_some(), "{version} {disk}");
+            let map = store.disk_map(&instance.name, disk).expect("the map of a disk");
+            assert_eq!(map.block_bytes, made.block_bytes, "{version} {disk}");
             let file = FileRef::Disk(instance.name.clone(), instance.id, disk);
             let attributes = store.attributes(&file).expect("attributes");
             found.versions.insert(Key::DiskAttributes(version.clone(), disk), shown(&attributes));
@@ -292,7 +296,8 @@ fn check_tidiness(
     bases.extend(flavor_bases.map(|base| base.to_string()));
     for instance in instances {
         boot_files.extend(instance.kernel.map(|id| id.to_string()));
-        let overlaid = instance.disks().filter(|_| instance.cow).filter_map(|(_, disk)| disk.base);
+        let overlaid =
+            instance.disks().filter(|(_, disk)| disk.is_overlay()).filter_map(|(_, disk)| disk.base);
         bases.extend(overlaid.map(|base| base.to_string()));
     }
     assert_eq!(names(store, "tmp"), BTreeSet::new(), "nothing half-made is left");

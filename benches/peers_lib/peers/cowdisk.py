@@ -71,7 +71,7 @@ class StoreMaker:
 
     @property
     def can_pass(self) -> bool:
-        """Whether the kernel can serve full copies in its stores: by one transport alone, which is the default."""
+        """Whether the kernel can serve plain files in its stores: by one transport alone, which is the default."""
         return "transport=" not in self.options or "transport=dev_fuse" in self.options
 
     def with_option(self, option: str) -> StoreMaker:
@@ -106,7 +106,7 @@ class Cowdisk(Peer):
 
 
 class CowdiskLocal(Cowdisk):
-    """The local disk: over a blank base."""
+    """The local disk: over nothing, one file of the host."""
 
     layered = False
 
@@ -123,11 +123,7 @@ class CowdiskLocal(Cowdisk):
 
 
 class CowdiskPassed(CowdiskLocal):
-    """The local disk of a full copy: one file of the host, which the kernel serves."""
+    """The same, served by the kernel."""
 
     def __init__(self, name: str, place: Place, maker: StoreMaker, stack: ExitStack):
         super().__init__(name, place, maker.with_option("passthrough=auto"), stack)
-
-    def create(self, name: str) -> Path:
-        self.store.do("instance", "create", name, "--image", "tiny", "--flavor", "local", "--no-cow")
-        return self.store.disk_path(name, "disk.local")

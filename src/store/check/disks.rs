@@ -54,9 +54,9 @@ impl Store {
         report: &mut CheckReport,
     ) -> Result<()> {
         let folder = self.instance_dir_of(&instance.name, instance.id)?;
-        let locked = if instance.cow { DiskPart::Map } else { DiskPart::Raw };
+        let Some(made) = instance.disk(disk) else { return Ok(()) };
         let in_use = || -> Result<bool> {
-            Ok(is_in_use(&folder, disk_file(disk, locked))?
+            Ok(is_in_use(&folder, disk_file(disk, made.locked_part()))?
                 || self.is_kept_by_daemon(&instance.name, disk)?)
         };
         report.disks += 1;
@@ -64,8 +64,8 @@ impl Store {
         if used {
             report.disks_in_use += 1;
         }
-        if !instance.cow {
-            return check_plain(&folder, instance, disk, report);
+        if !made.is_overlay() {
+            return check_plain(&folder, instance, (disk, made), report);
         }
         let name = format!("{}/{disk}", instance.name);
         let files = LayerFiles {
@@ -118,8 +118,7 @@ impl Store {
                 Some(id)
             }
         };
-        let recorded =
-            instance.disks().find(|(name, _)| *name == disk).and_then(|(_, InstanceDisk { base, .. })| base);
+        let recorded = instance.disk(disk).and_then(|made| made.base);
         if recorded != over {
             let shown = |base: Option<crate::format::BaseId>| {
                 base.map_or("a blank one".to_owned(), |id| id.to_string())
@@ -151,7 +150,12 @@ fn is_in_use(folder: &Dir, file: &str) -> Result<bool> {
     Ok(!try_lock(&file, Share::Shared).context(|| "look at the lock of a disk")?)
 }
 
-fn check_plain(folder: &Dir, instance: &Instance, disk: DiskName, report: &mut CheckReport) -> Result<()> {
+fn check_plain(
+    folder: &Dir,
+    instance: &Instance,
+    (disk, made): (DiskName, InstanceDisk),
+    report: &mut CheckReport,
+) -> Result<()> {
     let size = open_to_read(folder, disk, DiskPart::Raw)?.size()?;
     // One that does not end with a sector grows to its end when it is opened.
     if let Err(error) = check_disk_bytes(size.next_multiple_of(SECTOR_BYTES)) {
@@ -163,9 +167,7 @@ fn check_plain(folder: &Dir, instance: &Instance, disk: DiskName, report: &mut C
             said(&error),
             remedy,
         );
-    } else if let Some((_, made)) = instance.disks().find(|(name, _)| *name == disk)
-        && size < made.size
-    {
+    } else if size < made.size {
         let message =
             format!("it has {size} bytes, but {} when it was made, and disks never shrink", made.size);
         let remedy = Remedy::Operator("bring it back from a backup, or give the instance up".to_owned());

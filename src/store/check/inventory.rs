@@ -138,7 +138,7 @@ impl Store {
         let what = if gone { "missing".to_owned() } else { said(&fault) };
         let remedy = if !lost {
             hint_or(&fault, "check the host's disk; it is left as it is")
-        } else if self.uuid.is_empty() {
+        } else if self.uuid().is_empty() {
             Remedy::Operator("bring it back from a backup of the store".to_owned())
         } else {
             Remedy::Repair(format!("writes it anew, with the store's identity from {}", layout::RUN))
@@ -152,7 +152,7 @@ impl Store {
             let no_lock = || Error::new(ErrorKind::Denied, "the store cannot be locked");
             let written = lock
                 .ok_or_else(no_lock)
-                .and_then(|lock| superblock::rewrite(&self.tmp, &self.root, &self.uuid, lock));
+                .and_then(|lock| superblock::rewrite(&self.tmp, &self.root, &self.identity, lock));
             note_outcome(finding, written);
         }
     }
@@ -332,7 +332,7 @@ impl Store {
             }
         };
         inventory.boot_files_are_used([instance.kernel, instance.ramdisk], &format!("instance {name}"));
-        for (disk, made) in instance.disks().filter(|_| instance.cow) {
+        for (disk, made) in instance.disks().filter(|(_, made)| made.is_overlay()) {
             if let Some(base) = made.base {
                 inventory.base_is_used(base, format!("disk {name}/{disk}"));
             }
@@ -349,12 +349,11 @@ impl Store {
 
 /// The parts of an instance's disks: all that should be there, and nothing else.
 fn look_at_files(folder: &Dir, instance: &Instance, report: &mut CheckReport) -> Result<()> {
-    let needed: &[DiskPart] = if instance.cow { &[DiskPart::Map, DiskPart::Data] } else { &[DiskPart::Raw] };
     let names = folder.names()?;
     let mut known = vec![layout::INSTANCE_RECORD];
-    for (disk, _) in instance.disks() {
+    for (disk, made) in instance.disks() {
         let object = format!("disk {}/{disk}", instance.name);
-        for part in needed {
+        for part in made.parts() {
             let file = disk_file(disk, *part);
             known.push(file);
             if !names.iter().any(|name| name == file) {

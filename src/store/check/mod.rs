@@ -24,7 +24,8 @@ pub use scrub::{SCRUB_RATE_DEFAULT, SCRUB_RATE_MIN, ScrubReport, ScrubRequest};
 use super::Store;
 use super::names::{DiskName, ObjectName};
 use super::progress::Progress;
-use super::{run_dir, superblock};
+use super::run_dir;
+use super::superblock::{self, Identity};
 use crate::error::{Error, ErrorKind, Result};
 use crate::finding::{Finding, Outcome, Remedy, Severity};
 use crate::storage::{Host, RealHost};
@@ -112,7 +113,8 @@ impl Store {
             if !lost || !superblock::is_store_without(root) {
                 return Err(fault);
             }
-            Ok((run_dir::noted_uuid(root).unwrap_or_default(), fault))
+            let uuid = run_dir::noted_uuid(root).unwrap_or_default();
+            Ok((Identity::without_superblock(uuid), fault))
         })
     }
 

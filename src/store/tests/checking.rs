@@ -262,8 +262,11 @@ fn missing_and_surplus_files_of_a_disk_are_named() {
     let t = store_with_image();
     let spec = InstanceSpec { no_cow: true, ..InstanceSpec::of(name("debian")) };
     t.store.create_instance(&name("full"), &spec, &NoProgress).unwrap();
-    std::fs::remove_file(t.path("instances/web-3/disk.local.data")).unwrap();
+    t.store.create_instance(&name("web-4"), &InstanceSpec::of(name("debian")), &NoProgress).unwrap();
+    std::fs::remove_file(t.path("instances/web-4/disk.data")).unwrap();
+    std::fs::remove_file(t.path("instances/web-3/disk.local.raw")).unwrap();
     put(&t.path("instances/web-3/disk.raw"), b"");
+    put(&t.path("instances/web-3/disk.local.map"), b"");
     File::options().write(true).open(t.path("instances/full/disk.raw")).unwrap().set_len(4096).unwrap();
     let found = check(&t);
     let shown: Vec<_> = found.iter().map(|f| (f.kind, f.object.as_str(), f.message.as_str())).collect();
@@ -273,7 +276,9 @@ fn missing_and_surplus_files_of_a_disk_are_named() {
             "disk full/disk",
             "it has 4096 bytes, but 1048576 when it was made, and disks never shrink",
         ),
-        ("disk-missing", "disk web-3/disk.local", "disk.local.data is missing"),
+        ("disk-missing", "disk web-3/disk.local", "disk.local.raw is missing"),
+        ("disk-missing", "disk web-4/disk", "disk.data is missing"),
+        ("disk-extra", "instance web-3", "disk.local.map belongs to none of its disks"),
         ("disk-extra", "instance web-3", "disk.raw belongs to none of its disks"),
     ];
     assert_eq!(shown, expected);
@@ -299,10 +304,9 @@ fn a_layer_of_the_store_is_repaired_unless_it_is_in_use() {
 fn one_disk_is_checked_with_its_base_and_no_other() {
     let t = store_with_image();
     t.store.create_instance(&name("web-4"), &InstanceSpec::of(name("debian")), &NoProgress).unwrap();
-    for file in ["disk.map", "disk.local.map"] {
-        let map = File::options().write(true).open(t.path("instances/web-3").join(file)).unwrap();
-        map.write_all_at(&[1], 700).unwrap();
-    }
+    let open = |file: &str| File::options().write(true).open(t.path("instances/web-3").join(file)).unwrap();
+    open("disk.map").write_all_at(&[1], 700).unwrap();
+    open("disk.local.raw").set_len(4096).unwrap();
     put(&t.path("notes.txt"), b"mine");
     let only_these = |instance: &str, disk| {
         let only = vec![CheckTarget { instance: name(instance), disk }];

@@ -42,15 +42,16 @@ fn another_version_and_damage_are_told_apart() {
     let path = t.path("cowdisk-store.json");
     let good = std::fs::read_to_string(&path).unwrap();
     let put = |text: &str| File::create(&path).unwrap().write_all(text.as_bytes()).unwrap();
-    put(&good.replace("\"version\": 1", "\"version\": 2").replace("uuid", "id"));
+    assert!(good.contains("\"version\": 2"), "{good}");
+    put(&good.replace("\"version\": 2", "\"version\": 3").replace("uuid", "id"));
     let error = Store::open(t.folder.path()).unwrap_err();
     assert_eq!((error.kind(), error.hint()), (ErrorKind::Unsupported, Some("upgrade cowdisk")));
     for bad in [
         String::new(),
         "{}".to_owned(),
         good.replace("cowdisk-store", "other"),
-        good.replace("\"version\": 1", "\"version\": 0"),
-        good.replace("\"version\": 1", "\"version\": -1"),
+        good.replace("\"version\": 2", "\"version\": 0"),
+        good.replace("\"version\": 2", "\"version\": -1"),
         good.replace("uuid", "uid"),
         good.replace("\"uuid\": \"", "\"uuid\": \"zz"),
         " ".repeat(100_000),

@@ -215,7 +215,7 @@ fn a_map_tells_where_each_byte_comes_from_while_the_disk_is_open() {
     );
     assert_eq!((map.size, map.block_bytes), (1 << 20, Some(4096)));
     let local = t.store.disk_map(&name("web-3"), DiskName::Local).unwrap();
-    assert_eq!(local.extents, [DiskExtent { offset: 0, len: 8 << 20, kind: DiskExtentKind::BaseZero }]);
+    assert_eq!(local.extents, [DiskExtent { offset: 0, len: 8 << 20, kind: DiskExtentKind::Zero }]);
 }
 
 #[test]
@@ -230,6 +230,7 @@ fn damage_to_a_record_is_told_with_the_file_and_stops_no_removal() {
         ("\"cow\"", "\"cow2\""),
         ("1048576", "1048577"),
         ("4096", "4095"),
+        ("4096", "null"),
     ] {
         File::create(&path).unwrap().write_all(good.replacen(from, to, 1).as_bytes()).unwrap();
         let error = t.store.instance(&name("web-3")).unwrap_err();
@@ -291,7 +292,7 @@ fn a_long_list_is_whole_and_in_order() {
     for n in 0..1500 {
         let folder = t.path(&format!("instances/vm-{n}"));
         std::fs::create_dir(&folder).unwrap();
-        for file in ["disk.map", "disk.data", "disk.local.map", "disk.local.data"] {
+        for file in ["disk.map", "disk.data", "disk.local.raw"] {
             std::fs::hard_link(made.join(file), folder.join(file)).unwrap();
         }
         let own = record.replace(&id.to_string(), &format!("{n:032x}"));
@@ -303,8 +304,11 @@ fn a_long_list_is_whole_and_in_order() {
     assert!(listed.is_sorted_by(|one, next| one.instance.name < next.instance.name));
     let one_by_one = |found: &InstanceStatus| t.store.instance_status(&found.instance.name).unwrap();
     assert!(listed.iter().all(|found| *found == one_by_one(found)));
-    std::fs::remove_file(t.path("instances/vm-700/disk.local.data")).unwrap();
-    t.refuses(ErrorKind::NotFound, "vm-700/disk.local.data: missing", |store| store.instance_statuses());
+    for file in ["disk.local.raw", "disk.data"] {
+        std::fs::remove_file(t.path("instances/vm-700").join(file)).unwrap();
+        let message = format!("vm-700/{file}: missing");
+        t.refuses(ErrorKind::NotFound, &message, |store| store.instance_statuses());
+    }
 }
 
 /// A write that a process had under way when it was killed could land after newer ones of the next process.

@@ -7,6 +7,7 @@ mod flavoring;
 mod hosts;
 mod importing;
 mod instancing;
+mod plain_blanks;
 mod repairing;
 mod scrubbing;
 
@@ -30,6 +31,16 @@ pub(super) fn empty_store() -> TestStore {
     let run = tempfile::tempdir().unwrap();
     let store = Store::init(folder.path()).unwrap().with_run_dir(run.path());
     TestStore { store, folder, run }
+}
+
+/// A store that a program of before has made.
+pub(super) fn store_of_version_1() -> TestStore {
+    let t = empty_store();
+    let path = t.path("cowdisk-store.json");
+    let text = std::fs::read_to_string(&path).unwrap().replace("\"version\": 2", "\"version\": 1");
+    File::create(&path).unwrap().write_all(text.as_bytes()).unwrap();
+    let store = Store::open(t.folder.path()).unwrap().with_run_dir(t.run.path());
+    TestStore { store, ..t }
 }
 
 /// A store with image `debian` and instance `web-3` of it, with a blank local disk.

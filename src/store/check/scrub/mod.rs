@@ -17,7 +17,7 @@ use std::os::unix::fs::MetadataExt;
 
 use super::super::Store;
 use super::super::instances::Instance;
-use super::super::layout::{DiskPart, disk_file};
+use super::super::layout::disk_file;
 use super::super::names::DiskName;
 use super::super::progress::{Progress, Work};
 use super::contents::ContentCheck;
@@ -170,9 +170,7 @@ impl Store {
         report: &mut CheckReport,
     ) -> Result<()> {
         let folder = self.instance_dir_of(&instance.name, instance.id)?;
-        let parts: &[DiskPart] =
-            if instance.cow { &[DiskPart::Map, DiskPart::Data] } else { &[DiskPart::Raw] };
-        for part in parts {
+        for part in instance.disk(disk).map_or(&[][..], |made| made.parts()) {
             let storage = open_to_read(&folder, disk, *part)?;
             let mut bad = Bad::default();
             reader.read(storage.file(), storage.size()?, Sharing::Written, |piece| {

@@ -2,7 +2,7 @@
 
 use std::os::fd::BorrowedFd;
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use super::Fs;
 use super::counters::Operation;
@@ -11,6 +11,7 @@ use super::open_disks::OpenDisk;
 use super::open_file::OpenFile;
 use crate::storage::DirectFile;
 use crate::storage::aio::Transfer;
+use crate::store::Place;
 use crate::units::SECTOR_BYTES;
 
 /// A direct request of which all bytes lie, one after the other, in one file of the host. It goes back by
@@ -21,12 +22,16 @@ pub struct Placed {
     disk: Option<Arc<OpenDisk>>,
     transfer: Transfer,
     len: u64,
-    at: u64,
+    /// With the room that a write has taken.
+    place: Place,
+    /// Whether somebody has asked for the file: then the request was put to the kernel.
+    is_put: AtomicBool,
 }
 
 impl Placed {
-    /// The file, opened with O_DIRECT.
+    /// The file, opened with O_DIRECT, for whoever puts the request to the kernel now.
     pub fn file(&self) -> BorrowedFd<'_> {
+        self.is_put.store(true, Ordering::Relaxed);
         self.direct_file().file
     }
 
@@ -48,7 +53,7 @@ impl Placed {
 
     /// The byte of the file at which it begins.
     pub fn at(&self) -> u64 {
-        self.at
+        self.place.at
     }
 
     /// Which way.
@@ -66,8 +71,9 @@ impl Drop for Placed {
 
 impl Fs {
     /// Where a direct request goes, if it is but one request to the host's disk: of an overlay, where all of it is data of
-    /// its own. `None`, too, for a write while others write to that disk through the host's cache. What the map says of it
-    /// may change while it is under way: a discard of the same blocks then comes before it or after.
+    /// its own; of a plain file, unless it is a write that would probably have to wait for new space. `None`, too, for a write
+    /// while others write to that disk through the host's cache. What the map says of it may change while it is under way: a
+    /// discard of the same blocks then comes before it or after.
     pub fn place(&self, handle: HandleId, transfer: Transfer, offset: u64, len: u64) -> Option<Placed> {
         if !(offset | len).is_multiple_of(SECTOR_BYTES) {
             return None;
@@ -75,11 +81,11 @@ impl Fs {
         let file = self.handles.get(handle).ok()?;
         let OpenFile::Disk(disk) = &*file else { return None };
         let direct = disk.disk().direct_file()?;
-        let at = disk.disk().place(transfer, offset, len)?;
+        let place = disk.disk().place(transfer, offset, len)?;
         if transfer == Transfer::Write && !direct.gate.enter() {
             return None;
         }
-        Some(Placed { disk: Some(Arc::clone(disk)), transfer, len, at })
+        Some(Placed { disk: Some(Arc::clone(disk)), transfer, len, place, is_put: AtomicBool::new(false) })
     }
 
     /// All of the request is done, and is to be answered.
@@ -90,15 +96,24 @@ impl Fs {
         };
         if let (Transfer::Write, Some(disk)) = (placed.transfer, &placed.disk) {
             // Done already: what is left is that the background flushes it.
-            disk.change(|_| ());
+            disk.change(|disk| disk.placed_write_ended(true));
         }
         self.counters.count(operation, placed.len, &Ok(()));
         self.asynchronous.fetch_add(1, Ordering::Relaxed);
-        self.let_go(placed);
+        self.give_back(placed);
     }
 
     /// The request is not done, or not so.
-    pub fn let_go(&self, mut placed: Placed) {
+    pub fn let_go(&self, placed: Placed) {
+        if let (Transfer::Write, Some(disk)) = (placed.transfer, &placed.disk)
+            && placed.is_put.load(Ordering::Relaxed)
+        {
+            disk.disk().placed_write_ended(false);
+        }
+        self.give_back(placed);
+    }
+
+    fn give_back(&self, mut placed: Placed) {
         if let Some(disk) = placed.take()
             && let Err(error) = self.disks.put(disk)
         {

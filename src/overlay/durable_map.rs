@@ -217,7 +217,7 @@ impl<S: Storage> DurableMap<S> {
     ///
     /// # Errors
     /// [`ErrorKind::NoSpace`] if there is none.
-    pub fn take_room<'a>(&self, room: &'a Room, page: u64) -> Result<[Taken<'a>; 2]> {
+    pub fn take_room<'a>(&self, room: &'a Room, page: u64) -> Result<[Taken<&'a Room>; 2]> {
         let journal = if self.superblock.journal_bytes == 0 { JOURNAL_BYTES } else { 0 };
         let slots = room.take_for(&self.storage, slot_offset(page, 0), 2 * PAGE_BYTES as u64)?;
         Ok([slots, room.take_for(&self.storage, JOURNAL_OFFSET, journal)?])

@@ -10,6 +10,8 @@
 //! others may have filled the filesystem, or freed some of it.
 
 use std::fmt;
+use std::ops::Deref;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use parking_lot::Mutex;
@@ -69,12 +71,12 @@ impl fmt::Debug for Room {
 /// it took.
 #[derive(Debug)]
 #[must_use = "held until the change has ended"]
-pub struct Taken<'a> {
-    room: &'a Room,
+pub struct Taken<R: Deref<Target = Room>> {
+    room: R,
     bytes: u64,
 }
 
-impl Drop for Taken<'_> {
+impl<R: Deref<Target = Room>> Drop for Taken<R> {
     fn drop(&mut self) {
         self.room.in_flight.fetch_sub(self.bytes, Ordering::AcqRel);
     }
@@ -110,8 +112,14 @@ impl Room {
     ///
     /// # Errors
     /// [`ErrorKind::NoSpace`] if only the reserve is left, or would be; those of looking at the filesystem.
-    pub fn take(&self, bytes: u64) -> Result<Taken<'_>> {
-        self.try_take(bytes).map_or_else(|| self.look_and_take(bytes), Ok)
+    pub fn take(&self, bytes: u64) -> Result<Taken<&Self>> {
+        try_take(self, bytes).map_or_else(|| self.look_and_take(bytes), Ok)
+    }
+
+    /// Takes room for a change that outlives the caller, without looking at the filesystem: `None` if as of the last look
+    /// there may be too little.
+    pub fn take_at_once(self: &Arc<Self>, bytes: u64) -> Option<Taken<Arc<Self>>> {
+        try_take(Arc::clone(self), bytes)
     }
 
     /// Takes room for a write to a range of `storage` that may have its space already, because it was written to or
@@ -119,7 +127,7 @@ impl Room {
     ///
     /// # Errors
     /// Those of [`Room::take`] and [`Storage::unallocated`].
-    pub fn take_for(&self, storage: &dyn Storage, offset: u64, len: u64) -> Result<Taken<'_>> {
+    pub fn take_for(&self, storage: &dyn Storage, offset: u64, len: u64) -> Result<Taken<&Self>> {
         let refused = match self.take(len) {
             Err(error) if error.kind() == ErrorKind::NoSpace => error,
             taken => return taken,
@@ -143,24 +151,16 @@ impl Room {
         if missing <= left { Ok(()) } else { Err(self.refusal(missing, space)) }
     }
 
-    fn try_take(&self, bytes: u64) -> Option<Taken<'_>> {
-        // In flight first: a look that comes in between counts it twice, and never not at all.
-        self.in_flight.fetch_add(bytes, Ordering::AcqRel);
-        let taken = Taken { room: self, bytes };
-        let rest = |left: u64| left.checked_sub(bytes);
-        self.left.fetch_update(Ordering::AcqRel, Ordering::Acquire, rest).is_ok().then_some(taken)
-    }
-
     #[cold]
-    fn look_and_take(&self, bytes: u64) -> Result<Taken<'_>> {
+    fn look_and_take(&self, bytes: u64) -> Result<Taken<&Self>> {
         let looking = self.looking.lock();
         // Somebody else may have looked meanwhile.
-        if let Some(taken) = self.try_take(bytes) {
+        if let Some(taken) = try_take(self, bytes) {
             return Ok(taken);
         }
         let space = self.look_locked()?;
         drop(looking);
-        self.try_take(bytes).ok_or_else(|| self.refusal(bytes, space))
+        try_take(self, bytes).ok_or_else(|| self.refusal(bytes, space))
     }
 
     fn refusal(&self, bytes: u64, space: HostSpace) -> Error {
@@ -195,10 +195,16 @@ impl Room {
     }
 }
 
+fn try_take<R: Deref<Target = Room>>(room: R, bytes: u64) -> Option<Taken<R>> {
+    // In flight first: a look that comes in between counts it twice, and never not at all.
+    room.in_flight.fetch_add(bytes, Ordering::AcqRel);
+    let taken = Taken { room, bytes };
+    let rest = |left: u64| left.checked_sub(bytes);
+    taken.room.left.fetch_update(Ordering::AcqRel, Ordering::Acquire, rest).is_ok().then_some(taken)
+}
+
 #[cfg(test)]
 mod tests {
-    use std::sync::Arc;
-
     use super::*;
     use crate::storage::MemStorage;
 
@@ -251,6 +257,18 @@ mod tests {
         room.look().unwrap();
         assert_eq!(kind(room.take(101)), Some(ErrorKind::NoSpace));
         assert!(room.take(100).is_ok());
+        drop(taken);
+        assert!(room.take(300).is_ok());
+    }
+
+    #[test]
+    fn what_is_taken_at_once_is_in_flight_until_it_is_given_back() {
+        let room = Arc::new(room(&Arc::new(AtomicU64::new(400)), Some(0)));
+        assert!(room.take_at_once(1).is_none(), "nobody has looked yet");
+        room.look().unwrap();
+        let taken = room.take_at_once(200).unwrap();
+        assert!(room.take_at_once(101).is_none());
+        assert_eq!(kind(room.take(101)), Some(ErrorKind::NoSpace));
         drop(taken);
         assert!(room.take(300).is_ok());
     }

@@ -8,12 +8,14 @@ use rustix::fs::Stat;
 
 use super::Store;
 use super::dir::{Access, Dir};
+use super::instances::no_such_disk;
 use super::layout::{DiskPart, disk_file};
 use super::lock::{Share, try_lock};
 use super::marks::Mark;
 use super::names::{DiskName, ObjectName};
+use super::placing::Place;
 use super::plain::PlainDisk;
-use crate::error::{Context, Error, ErrorKind, Result};
+use crate::error::{Context, ErrorKind, Result};
 use crate::format::{BaseRef, LayerId};
 use crate::overlay::{BaseImage, CommitCounts, LayerFiles, Overlay, live_map_name, read_superblock};
 use crate::storage::aio::{Transfer, wait_until_landed};
@@ -117,9 +119,12 @@ impl Disk {
         }
     }
 
-    /// See [`Overlay::place`].
-    pub fn place(&self, transfer: Transfer, offset: u64, len: u64) -> Option<u64> {
-        both!(self, disk => disk.place(transfer, offset, len))
+    /// See [`Overlay::place`] and [`PlainDisk::place`].
+    pub fn place(&self, transfer: Transfer, offset: u64, len: u64) -> Option<Place> {
+        match &self.kind {
+            Kind::Overlay(overlay) => overlay.place(transfer, offset, len).map(Place::at),
+            Kind::Plain(plain) => plain.place(transfer, offset, len),
+        }
     }
 
     /// See [`Overlay::direct_file`].
@@ -491,8 +496,4 @@ impl Store {
             Err(error) => log::warn!("cannot remove live maps: {error}"),
         }
     }
-}
-
-pub(super) fn no_such_disk(instance: &ObjectName, disk: DiskName) -> Error {
-    Error::new(ErrorKind::NotFound, format!("disk {instance}/{disk}: not found"))
 }

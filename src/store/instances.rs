@@ -8,7 +8,6 @@ use serde::{Deserialize, Serialize};
 use super::Store;
 use super::atomic::Removal;
 use super::dir::{Access, Dir};
-use super::disk::no_such_disk;
 use super::layout::{self, DiskPart, disk_file};
 use super::lock::{Share, try_lock};
 use super::names::{DiskName, ObjectName};
@@ -319,4 +318,8 @@ impl Store {
         let file = disk_file(disk, if is_overlay { DiskPart::Data } else { DiskPart::Raw });
         folder.set_times(file, times)
     }
+}
+
+pub(super) fn no_such_disk(instance: &ObjectName, disk: DiskName) -> Error {
+    Error::new(ErrorKind::NotFound, format!("disk {instance}/{disk}: not found"))
 }

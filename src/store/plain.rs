@@ -7,6 +7,7 @@ use std::time::{Duration, SystemTime};
 
 use parking_lot::Mutex;
 
+use super::placing::{Place, Trials};
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::storage::aio::Transfer;
 use crate::storage::{DirectFile, Latch, LatchedStorage, Room, Storage, Taken, Way};
@@ -31,6 +32,8 @@ pub struct PlainDisk {
     growing: Mutex<()>,
     /// Writes take from it, for the file alone knows where it has space already.
     room: Arc<Room>,
+    /// Which writes are worth a try without a thread that waits.
+    trials: Trials,
     /// Whether others than we read and write the file.
     is_shared: AtomicBool,
     /// When a flush of the shared file last began, and the time of its last change then. Guards both.
@@ -73,6 +76,7 @@ impl PlainDisk {
             size: AtomicU64::new(size),
             growing: Mutex::new(()),
             room: Arc::new(Room::unlimited()),
+            trials: Trials::default(),
             is_shared: AtomicBool::new(false),
             flushed: Mutex::new(None),
         })
@@ -174,10 +178,29 @@ impl PlainDisk {
         self.storage.read_now(offset, buf)
     }
 
-    /// See [`crate::overlay::Overlay::place`]; a write may need room, of which the host alone knows.
-    pub fn place(&self, transfer: Transfer, offset: u64, len: u64) -> Option<u64> {
+    /// See [`crate::overlay::Overlay::place`]. Whether a write takes new space the host alone knows. So each takes room
+    /// here, as in [`PlainDisk::write_by`], and has it until its end, whatever the host's file system does of what it was
+    /// asked not to do; and only where there is plenty. What becomes of it is told to [`PlainDisk::trials`].
+    pub fn place(&self, transfer: Transfer, offset: u64, len: u64) -> Option<Place> {
         self.check_range(offset, len).ok()?;
-        (transfer == Transfer::Read && len > 0).then_some(offset)
+        if len == 0 {
+            return None;
+        }
+        if transfer == Transfer::Read {
+            return Some(Place::at(offset));
+        }
+        self.latch.check().ok()?;
+        // Others who write through the host's cache pass no gate.
+        if self.is_shared.load(Ordering::Acquire) || !self.trials.may_try() {
+            return None;
+        }
+        let room = self.room.take_at_once(host_bytes_touched(offset, len).1)?;
+        Some(Place::with_room(offset, room))
+    }
+
+    /// To be told what has become of each write that [`PlainDisk::place`] has offered.
+    pub(super) fn trials(&self) -> &Trials {
+        &self.trials
     }
 
     /// See [`Storage::direct_file`].
@@ -187,7 +210,8 @@ impl PlainDisk {
 
     /// See [`crate::overlay::Overlay::writes_to_memory`]; here the host alone knows what is an overwrite.
     pub fn writes_to_memory(&self, way: Way) -> bool {
-        way == Way::Cached || !self.storage.goes_direct()
+        (way == Way::Cached || !self.storage.goes_direct())
+            && !self.direct_file().is_some_and(|direct| direct.gate.is_in_use())
     }
 
     /// Writes all of `buf` at `offset`; survives the host after a later [`PlainDisk::flush`].
@@ -287,11 +311,10 @@ impl PlainDisk {
         self.storage.next_hole(offset)
     }
 
-    /// Room for a write, in blocks of the usual host filesystems.
-    fn take_room(&self, offset: u64, len: u64) -> Result<Taken<'_>> {
-        let start = offset - offset % HOST_BLOCK_BYTES;
-        let end = (offset + len).next_multiple_of(HOST_BLOCK_BYTES);
-        let taken = self.room.take_for(&self.storage, start, end - start);
+    /// Room for a write.
+    fn take_room(&self, offset: u64, len: u64) -> Result<Taken<&Room>> {
+        let (start, len) = host_bytes_touched(offset, len);
+        let taken = self.room.take_for(&self.storage, start, len);
         taken.context(|| format!("write at {offset} of disk {}", self.name))
     }
 
@@ -307,10 +330,21 @@ impl PlainDisk {
     }
 }
 
+/// A range filled up to blocks of the usual host filesystems: its start and its length.
+fn host_bytes_touched(offset: u64, len: u64) -> (u64, u64) {
+    let start = offset - offset % HOST_BLOCK_BYTES;
+    (start, (offset + len).next_multiple_of(HOST_BLOCK_BYTES) - start)
+}
+
 #[cfg(test)]
 mod tests {
+    use std::fs::File;
+    use std::os::unix::fs::OpenOptionsExt;
+
+    use rustix::fs::OFlags;
+
     use super::*;
-    use crate::storage::FileStorage;
+    use crate::storage::{FileStorage, HostSpace};
 
     fn disk() -> PlainDisk {
         let file = tempfile::tempfile().unwrap();
@@ -334,6 +368,66 @@ mod tests {
         assert_eq!(disk.next_data(0).unwrap(), Some(0));
         assert_eq!(disk.next_data(200_000).unwrap(), None);
         assert_eq!(disk.next_hole(1 << 20).unwrap(), 1 << 20);
+    }
+
+    /// A file on a disk, of which a twentieth of 256 KiB is kept, and what is free of these.
+    fn on_disk() -> (PlainDisk, Arc<AtomicU64>) {
+        let file = tempfile::NamedTempFile::new_in("/var/tmp").unwrap();
+        file.as_file().set_len(1 << 20).unwrap();
+        let direct = File::options()
+            .read(true)
+            .write(true)
+            .custom_flags(OFlags::DIRECT.bits().cast_signed())
+            .open(file.path())
+            .unwrap();
+        let storage = FileStorage::new(file.into_file(), "disk.raw").with_direct(Some(direct));
+        let free = Arc::new(AtomicU64::new(256 << 10));
+        let available = Arc::clone(&free);
+        let space = move || {
+            let free = available.load(Ordering::Relaxed);
+            Ok(HostSpace { total: 256 << 10, free, available: free })
+        };
+        let room = Arc::new(Room::new(space, Some(16 << 10)));
+        (PlainDisk::open("web-3/disk.local", Box::new(storage)).unwrap().within(room), free)
+    }
+
+    #[test]
+    fn a_write_is_offered_only_with_room_for_all_of_it_which_it_keeps_until_its_end() {
+        let (disk, free) = on_disk();
+        assert!(disk.direct_file().is_some(), "/var/tmp is on no local disk");
+        let offered = |offset, len| disk.place(Transfer::Write, offset, len);
+        assert!(offered(0, 4096).is_none(), "nobody has looked at the host's file system yet");
+        disk.write_by(Way::Direct, 0, &[1; 4096]).unwrap();
+        for (offset, len) in [(0, 4096), (512, 512), ((1 << 20) - 512, 512)] {
+            assert_eq!(offered(offset, len).unwrap().at, offset);
+        }
+        assert!(offered((1 << 20) - 512, 1024).is_none() && offered(0, 0).is_none());
+        let held = offered(0, 128 << 10).unwrap();
+        disk.room.look().unwrap();
+        assert!(offered(128 << 10, 128 << 10).is_none(), "there is less than that above the reserve");
+        drop(held);
+        disk.room.look().unwrap();
+        drop(offered(128 << 10, 128 << 10).unwrap());
+        // A write by a thread that waits needs no room where it has space.
+        free.store(16 << 10, Ordering::Relaxed);
+        disk.room.look().unwrap();
+        assert!(offered(0, 4096).is_none());
+        disk.write_by(Way::Direct, 0, &[2; 4096]).unwrap();
+        assert_eq!(disk.write_by(Way::Direct, 8192, &[2; 4096]).unwrap_err().kind(), ErrorKind::NoSpace);
+        assert_eq!(disk.place(Transfer::Read, 0, 4096).unwrap().at, 0);
+    }
+
+    #[test]
+    fn no_write_is_offered_while_others_write_to_the_file_or_a_sync_has_failed() {
+        let (disk, _) = on_disk();
+        disk.write_at(0, &[1; 4096]).unwrap();
+        assert!(disk.place(Transfer::Write, 0, 4096).is_some());
+        disk.latch.close();
+        assert!(disk.place(Transfer::Write, 0, 4096).is_none());
+        let (disk, _) = on_disk();
+        disk.write_at(0, &[1; 4096]).unwrap();
+        disk.share();
+        assert!(disk.place(Transfer::Write, 0, 4096).is_none());
     }
 
     #[test]

@@ -40,7 +40,7 @@ use crate::storage::{DirectFile, Latch, Room, Storage, Way};
 use crate::units::{BlockSpan, Geometry};
 
 /// Page of the cache of most hosts, in bytes.
-const CACHE_PAGE_BYTES: u64 = 4096;
+pub const CACHE_PAGE_BYTES: u64 = 4096;
 
 /// The two files of a layer.
 #[derive(Debug)]

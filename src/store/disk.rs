@@ -115,7 +115,7 @@ impl Disk {
     pub fn writes_to_memory(&self, way: Way, offset: u64, len: u64) -> bool {
         match &self.kind {
             Kind::Overlay(overlay) => overlay.writes_to_memory(way, offset, len),
-            Kind::Plain(plain) => plain.writes_to_memory(way),
+            Kind::Plain(plain) => plain.writes_to_memory(way, offset, len),
         }
     }
 

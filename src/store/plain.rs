@@ -9,6 +9,7 @@ use parking_lot::Mutex;
 
 use super::placing::{Place, Trials};
 use crate::error::{Context, Error, ErrorKind, Result};
+use crate::overlay::CACHE_PAGE_BYTES;
 use crate::storage::aio::Transfer;
 use crate::storage::{DirectFile, Latch, LatchedStorage, Room, Storage, Taken, Way};
 use crate::units::{SECTOR_BYTES, check_disk_bytes};
@@ -209,8 +210,9 @@ impl PlainDisk {
     }
 
     /// See [`crate::overlay::Overlay::writes_to_memory`]; here the host alone knows what is an overwrite.
-    pub fn writes_to_memory(&self, way: Way) -> bool {
+    pub fn writes_to_memory(&self, way: Way, offset: u64, len: u64) -> bool {
         (way == Way::Cached || !self.storage.goes_direct())
+            && (offset | len).is_multiple_of(CACHE_PAGE_BYTES)
             && !self.direct_file().is_some_and(|direct| direct.gate.is_in_use())
     }
 
@@ -428,6 +430,21 @@ mod tests {
         disk.write_at(0, &[1; 4096]).unwrap();
         disk.share();
         assert!(disk.place(Transfer::Write, 0, 4096).is_none());
+    }
+
+    #[test]
+    fn only_whole_pages_through_the_cache_count_as_memory_and_only_while_no_direct_write_is_under_way() {
+        let (disk, _) = on_disk();
+        let to_memory = |way, offset, len| disk.writes_to_memory(way, offset, len);
+        assert!(to_memory(Way::Cached, 4096, 8192));
+        for (way, offset, len) in [(Way::Direct, 0, 4096), (Way::Cached, 512, 4096), (Way::Cached, 0, 100)] {
+            assert!(!to_memory(way, offset, len), "{way:?} {len} at {offset}");
+        }
+        let direct = disk.direct_file().unwrap();
+        assert!(direct.gate.enter());
+        assert!(!to_memory(Way::Cached, 4096, 8192));
+        direct.gate.leave();
+        assert!(to_memory(Way::Cached, 4096, 8192));
     }
 
     #[test]

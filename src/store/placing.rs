@@ -52,6 +52,11 @@ impl Trials {
             || self.withheld.fetch_update(Ordering::Relaxed, Ordering::Relaxed, rest).is_err()
     }
 
+    /// Whether the host has refused one not long ago: then the file is probably being filled.
+    pub(super) fn are_refused(&self) -> bool {
+        self.withheld.load(Ordering::Relaxed) > 0
+    }
+
     /// The host has done one.
     fn succeeded(&self) {
         if self.step.load(Ordering::Relaxed) > 0 && self.withheld.load(Ordering::Relaxed) == 0 {
@@ -60,7 +65,7 @@ impl Trials {
     }
 
     /// The host has refused one.
-    fn failed(&self) {
+    pub(super) fn failed(&self) {
         // Of all that were under way together the first one counts.
         if self.withheld.load(Ordering::Relaxed) == 0 {
             let step = (self.step.load(Ordering::Relaxed) * 2).clamp(WITHHELD_MIN, WITHHELD_MAX);
@@ -87,7 +92,9 @@ mod tests {
 
     /// How many writes are not offered until one is.
     fn withheld(trials: &Trials) -> u32 {
-        (0..).find(|_| trials.may_try()).unwrap()
+        let withheld = (0..).find(|_| trials.may_try()).unwrap();
+        assert!(!trials.are_refused());
+        withheld
     }
 
     #[test]

@@ -181,7 +181,7 @@ impl PlainDisk {
 
     /// See [`crate::overlay::Overlay::place`]. Whether a write takes new space the host alone knows. So each takes room
     /// here, as in [`PlainDisk::write_by`], and has it until its end, whatever the host's file system does of what it was
-    /// asked not to do; and only where there is plenty. What becomes of it is told to [`PlainDisk::trials`].
+    /// asked not to do; and only where there is plenty. What becomes of it is told to its `trials`.
     pub fn place(&self, transfer: Transfer, offset: u64, len: u64) -> Option<Place> {
         self.check_range(offset, len).ok()?;
         if len == 0 {

@@ -221,7 +221,8 @@ fn a_damaged_page_names_the_bytes_it_stood_for() {
 fn lost_and_cut_records_of_the_journal_are_told_apart() {
     let layer = Layer::after_a_crash();
     let next = layer.superblock().journal_sequence;
-    let at = |record: u64| 8192 + record * 4096;
+    // Each has the contents of a block.
+    let at = |record: u64| 8192 + record * 8192;
     layer.corrupt(at(1) + 60, 1);
     let finding = only(&layer.check(), "journal", Severity::Damage);
     assert_eq!(finding.message, format!("journal: record {} is damaged or lost", next + 1));
@@ -234,7 +235,8 @@ fn lost_and_cut_records_of_the_journal_are_told_apart() {
     assert_eq!(layer.check().findings, []);
 
     let past = Change { span: BlockSpan::new(DISK / 4096 + 5, DISK / 4096 + 8), state: BlockState::Zero };
-    let record = JournalRecord { sequence: next + 3, changes: vec![past] };
+    let record =
+        JournalRecord { sequence: next + 3, contents_since: 0, changes: vec![past], contents: Vec::new() };
     layer.map.write_durable_at(at(3), &record.encode(LAYER)).expect("write");
     let finding = only(&layer.check(), "journal", Severity::Damage);
     assert_eq!(finding.message, format!("journal record {}: a change is out of range", next + 3));
@@ -329,8 +331,8 @@ fn a_flipped_bit_anywhere_in_the_map_is_found_or_harmless() {
     let layer = Layer::after_a_crash();
     let before = layer.contents().expect("whole");
     let copy = LayerFiles { data: in_memory(&layer.data), map: in_memory(&layer.map) };
-    let newest_record = 8192 + 2 * 4096..8192 + 3 * 4096;
-    let unused = (8192 + 3 * 4096..PAGES_OFFSET).step_by(997);
+    let newest_record = 8192 + 2 * 8192..8192 + 3 * 8192;
+    let unused = (newest_record.end..PAGES_OFFSET).step_by(997);
     // 7 is odd, so that all bits of a byte take turns.
     let step = if std::env::var_os("COWDISK_TEST_EVERY_BYTE").is_some() { 1 } else { 7 };
     let used = (0..newest_record.end).chain(PAGES_OFFSET..PAGES_OFFSET + 4 * 4096).step_by(step);

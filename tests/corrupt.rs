@@ -22,11 +22,11 @@ fn a_flipped_bit_in_the_map_is_refused_or_harmless() {
         let offset = match round % 4 {
             0 => rng.below(8192),
             // Not the last record: damage to it cannot be told from a commit that a crash tore (FORMAT.md).
-            1 => 8192 + rng.below(2 * 4096),
+            1 => 8192 + rng.below(2 * 8192),
             2 => PAGES_OFFSET + rng.below(4 * 4096),
             _ => rng.below(end),
         };
-        if (16384..20480).contains(&offset) {
+        if (24576..32768).contains(&offset) {
             continue;
         }
         let mask = 1 << rng.below(8);

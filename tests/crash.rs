@@ -12,6 +12,8 @@
 #![allow(clippy::cast_possible_truncation)] // sizes that the test made itself
 
 mod common;
+#[path = "crash/contents.rs"]
+mod contents;
 #[path = "crash/disk.rs"]
 mod disk;
 #[path = "crash/oracle.rs"]

@@ -46,7 +46,7 @@ fn the_first_version_encodes_to_the_same_bytes() {
     assert_eq!(page.encode(LAYER).0, bytes);
 
     let bytes = read::<4096>(&map, JOURNAL_OFFSET);
-    let record = JournalRecord::decode(LAYER, superblock.geometry.blocks_max(), &bytes).expect("not corrupt");
+    let record = JournalRecord::decode(LAYER, superblock.geometry, &bytes).expect("not corrupt");
     let record = record.expect("a record");
     assert_eq!(record.encode(LAYER), bytes);
     assert_eq!(record.sequence, superblock.journal_sequence);

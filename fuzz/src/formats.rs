@@ -7,6 +7,8 @@ use cowdisk::format::{
     SUPERBLOCK_BYTES, Superblock,
 };
 
+use cowdisk::units::Geometry;
+
 use super::input::Input;
 
 const LAYER: LayerId = LayerId(*b"a layer of fuzz!");
@@ -84,12 +86,14 @@ pub fn journal(data: &[u8]) {
     if fits & 4 == 0 {
         seal(LAYER, &mut bytes[..len]);
     }
-    match JournalRecord::decode(LAYER, disk_blocks, &bytes) {
+    let blocks = disk_blocks.clamp(1, 1 << 32);
+    let geometry = Geometry::new(blocks * 4096, 4096, 0).expect("valid");
+    match JournalRecord::decode(LAYER, geometry, &bytes) {
         Ok(Some(record)) => {
             let encoded = record.encode(LAYER);
             assert_eq!(encoded, bytes[..encoded.len()]);
             for change in record.changes {
-                assert!(!change.span.is_empty() && change.span.end <= disk_blocks);
+                assert!(!change.span.is_empty() && change.span.end <= blocks);
             }
         }
         Ok(None) => {}

@@ -7,7 +7,8 @@ use std::sync::Arc;
 use cowdisk::Result;
 use cowdisk::format::{
     BLOCKS_PER_PAGE, BaseId, BaseRef, BlockState, BootId, Change, JOURNAL_BYTES_MAX, JOURNAL_OFFSET,
-    JournalRecord, LayerId, MapPage, PAGE_WORDS, SessionId, StateWord, Superblock, page_count, slot_offset,
+    JournalRecord, LayerId, MapPage, PAGE_WORDS, SessionId, StateWord, Superblock, data_blocks, page_count,
+    slot_offset,
 };
 use cowdisk::overlay::{BaseImage, LayerFiles};
 use cowdisk::storage::{MemStorage, Storage};
@@ -221,7 +222,14 @@ impl Recipe {
                 self.honest = false;
                 sequence = sequence.wrapping_add(u64::from(off & 0xf)).wrapping_sub(7);
             }
-            let record = JournalRecord { sequence, changes };
+            // Contents that the data file has not: what it shows then is not looked at.
+            let blocks: u64 = data_blocks(&changes).map(BlockSpan::len).sum();
+            let with_contents = off & 0xf0 == 0xe0 && blocks <= 4;
+            self.honest &= !with_contents;
+            let bytes = if with_contents { blocks * u64::from(self.geometry.block_bytes()) } else { 0 };
+            let contents = vec![0x77; usize::try_from(bytes).expect("small")];
+            let contents_since = sequence.saturating_sub(u64::from(off & 3));
+            let record = JournalRecord { sequence, contents_since, changes, contents };
             let bytes = record.encode(LAYER);
             if at + bytes.len() as u64 > self.superblock.journal_bytes {
                 break;

@@ -111,10 +111,11 @@ fn disks(page: &mut Page, fs: &Fs) {
     page.metric(
         name,
         "counter",
-        "What made writes durable: syncs of data alone, journal records, checkpoints.",
+        "What made writes durable: syncs of data alone, journal records after one, records with the data, checkpoints.",
     );
     page.value(name, "kind=\"sync\"", commits.syncs);
     page.value(name, "kind=\"record\"", commits.records);
+    page.value(name, "kind=\"record_with_data\"", commits.records_with_contents);
     page.value(name, "kind=\"checkpoint\"", commits.checkpoints);
 }
 

@@ -1,5 +1,7 @@
 //! The superblock of a map file: what the layer is, and where its map stands.
 
+use std::num::NonZeroU64;
+
 use super::checksum::{CHECKSUM_BYTES, Checksum};
 use super::fields::{array_at, u32_at, u64_at};
 use super::ids::{BaseId, BaseRef, BootId, LayerId, SessionId};
@@ -35,9 +37,13 @@ const CHECKPOINT: usize = BOOT + 16;
 const JOURNAL_SEQUENCE: usize = CHECKPOINT + 8;
 const JOURNAL_BYTES: usize = JOURNAL_SEQUENCE + 8;
 const PAGES_DIGEST: usize = JOURNAL_BYTES + 8;
-const RESERVED: usize = PAGES_DIGEST + 16;
+const CONTENTS_SINCE: usize = PAGES_DIGEST + 16;
+const RESERVED: usize = CONTENTS_SINCE + 8;
 const END: usize = SUPERBLOCK_BYTES - CHECKSUM_BYTES;
-const _: () = assert!(RESERVED == 176 && RESERVED < END);
+const _: () = assert!(RESERVED == 184 && RESERVED < END);
+
+/// Feature bit: records of the journal may have contents.
+const FEATURE_CONTENTS: u64 = 1;
 
 /// All that a layer says of itself. Two equal copies are kept, at bytes 0 and 4,096, written durably one after the
 /// other: a crash between or within the writes leaves at least one whole, and so does damage to either (I5).
@@ -63,6 +69,9 @@ pub struct Superblock {
     pub journal_bytes: u64,
     /// The sum, modulo 2¹²⁸, of the checksums of all pages as of `checkpoint`.
     pub pages_digest: u128,
+    /// The number of the first record whose contents may not be in the data file: see [`super::JournalRecord`], whose
+    /// own counts where there is one. `None` if no record has any, so that programs which know of none can read the layer.
+    pub contents_since: Option<NonZeroU64>,
 }
 
 impl Superblock {
@@ -79,6 +88,7 @@ impl Superblock {
             journal_sequence: 1,
             journal_bytes: 0,
             pages_digest: 0,
+            contents_since: None,
         }
     }
 
@@ -106,6 +116,10 @@ impl Superblock {
         put(JOURNAL_SEQUENCE, &self.journal_sequence.to_le_bytes());
         put(JOURNAL_BYTES, &self.journal_bytes.to_le_bytes());
         put(PAGES_DIGEST, &self.pages_digest.to_le_bytes());
+        if let Some(contents_since) = self.contents_since {
+            put(FEATURES, &FEATURE_CONTENTS.to_le_bytes());
+            put(CONTENTS_SINCE, &contents_since.get().to_le_bytes());
+        }
         Checksum::seal(self.layer, &mut bytes);
         bytes
     }
@@ -128,7 +142,7 @@ impl Superblock {
         let layer = LayerId(array_at(bytes, LAYER));
         Checksum::verify(layer, bytes).ok_or_else(|| corrupt("checksum does not fit"))?;
         let (version, features) = (u32_at(bytes, VERSION), u64_at(bytes, FEATURES));
-        if version != FORMAT_VERSION || features != 0 {
+        if version != FORMAT_VERSION || features & !FEATURE_CONTENTS != 0 {
             let message = format!("superblock: format version {version}, features {features:#x}");
             return Err(
                 Error::new(ErrorKind::Unsupported, message).with_hint("a newer cowdisk wrote this overlay")
@@ -136,6 +150,10 @@ impl Superblock {
         }
         if bytes[RESERVED..END].iter().any(|&byte| byte != 0) {
             return Err(corrupt("reserved bytes are not zero"));
+        }
+        let contents_since = NonZeroU64::new(u64_at(bytes, CONTENTS_SINCE));
+        if contents_since.is_some() != (features & FEATURE_CONTENTS != 0) {
+            return Err(corrupt("its features do not fit the contents in its journal"));
         }
         let superblock = Self {
             generation: u64_at(bytes, GENERATION),
@@ -149,6 +167,7 @@ impl Superblock {
             journal_sequence: u64_at(bytes, JOURNAL_SEQUENCE),
             journal_bytes: u64_at(bytes, JOURNAL_BYTES),
             pages_digest: u128::from_le_bytes(array_at(bytes, PAGES_DIGEST)),
+            contents_since,
         };
         superblock.check_counters().map(|()| superblock)
     }
@@ -161,6 +180,7 @@ impl Superblock {
         if counters.iter().any(|&counter| counter == 0 || counter > COUNTER_MAX)
             || self.journal_bytes > JOURNAL_BYTES_MAX
             || !whole_blocks
+            || self.contents_since.is_some_and(|since| since.get() > COUNTER_MAX)
         {
             return Err(Error::new(ErrorKind::Corrupt, "superblock: a counter is out of range"));
         }
@@ -219,10 +239,27 @@ mod tests {
     }
 
     #[test]
-    fn a_newer_version_is_unsupported_not_corrupt() {
-        let mut bytes = superblock().encode();
-        bytes[VERSION] = 2;
-        Checksum::seal(superblock().layer, &mut bytes);
-        assert_eq!(Superblock::decode(&bytes).expect_err("refused").kind(), ErrorKind::Unsupported);
+    fn a_newer_version_and_an_unknown_feature_are_unsupported_not_corrupt() {
+        for (at, value) in [(VERSION, 2), (FEATURES, 2)] {
+            let mut bytes = superblock().encode();
+            bytes[at] = value;
+            Checksum::seal(superblock().layer, &mut bytes);
+            assert_eq!(Superblock::decode(&bytes).expect_err("refused").kind(), ErrorKind::Unsupported);
+        }
+    }
+
+    #[test]
+    fn contents_in_the_journal_are_a_feature_that_a_reader_must_know() {
+        let mut with = superblock();
+        with.contents_since = NonZeroU64::new(7);
+        let bytes = with.encode();
+        assert_eq!(u64_at(&bytes, FEATURES), 1);
+        assert_eq!(Superblock::decode(&bytes).expect("valid"), with);
+        for at in [FEATURES, CONTENTS_SINCE] {
+            let mut bytes = with.encode();
+            bytes[at] = 0;
+            Checksum::seal(with.layer, &mut bytes);
+            assert_eq!(Superblock::decode(&bytes).expect_err("refused").kind(), ErrorKind::Corrupt);
+        }
     }
 }

@@ -5,12 +5,13 @@
 //! data file never shows.
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use super::alloc_map::AllocMap;
 use super::base::BaseImage;
 use super::states::Extent;
 use crate::error::{Context, Result};
-use crate::format::BlockState;
+use crate::format::{BlockState, Change, data_blocks};
 use crate::storage::{LatchedStorage, Room, Storage, Way};
 use crate::units::{BlockSpan, Geometry};
 
@@ -22,14 +23,54 @@ pub struct Blocks {
     data: LatchedStorage,
     base: BaseImage,
     map: AllocMap,
+    /// Whether the data file may have changed, since it was last synced, other than by blocks that became `Data`. Set after
+    /// each such change and before it is answered, so that the next flush knows of it.
+    unsynced: AtomicBool,
     /// What is written for the first time takes from it.
     room: Arc<Room>,
 }
 
 impl Blocks {
-    /// Joins the parts of an overlay.
-    pub fn new(grid: Geometry, data: LatchedStorage, base: BaseImage, map: AllocMap) -> Self {
-        Self { grid, data, base, map, room: Arc::new(Room::unlimited()) }
+    /// Joins the parts of an overlay. `unsynced`: the data file has changes that nobody has synced.
+    pub fn new(grid: Geometry, data: LatchedStorage, base: BaseImage, map: AllocMap, unsynced: bool) -> Self {
+        let unsynced = AtomicBool::new(unsynced);
+        Self { grid, data, base, map, unsynced, room: Arc::new(Room::unlimited()) }
+    }
+
+    /// Notes that the data file has changed, other than by a block that became `Data`: the next flush has to sync it.
+    pub fn note_unsynced(&self) {
+        // Mostly it is set already, and then its cache line is not taken from the others. Whoever takes it syncs afterwards,
+        // and so what was written before this look.
+        if !self.unsynced.load(Ordering::SeqCst) {
+            self.unsynced.store(true, Ordering::SeqCst);
+        }
+    }
+
+    /// Whether [`Blocks::note_unsynced`] was called since this was last asked. The caller then syncs the data file, or notes it
+    /// again.
+    pub fn take_unsynced(&self) -> bool {
+        self.unsynced.swap(false, Ordering::SeqCst)
+    }
+
+    /// The contents of all blocks that become `Data` by `changes`, as they are now; `None` if `takes` does not take so many
+    /// bytes. What is being written to them meanwhile is there in part: nobody was answered that it is.
+    pub fn contents_of(
+        &self,
+        changes: &[Change],
+        takes: impl FnOnce(u64) -> bool,
+    ) -> Result<Option<Vec<u8>>> {
+        let bytes = data_blocks(changes).map(BlockSpan::len).sum::<u64>() * self.block_bytes();
+        if !takes(bytes) {
+            return Ok(None);
+        }
+        let mut contents = vec![0; to_usize(bytes)];
+        let mut rest = contents.as_mut_slice();
+        for span in data_blocks(changes) {
+            let part;
+            (part, rest) = rest.split_at_mut(to_usize(span.len() * self.block_bytes()));
+            self.data.read_exact_at(span.start * self.block_bytes(), part)?;
+        }
+        Ok(Some(contents))
     }
 
     /// From now on blocks that are written for the first time take from `room`.
@@ -82,7 +123,9 @@ impl Blocks {
     /// Overwrites bytes at `offset` of the disk, all of them in blocks of state `Data`. Needs no lock: the state cannot
     /// become anything that copies the block up, and a concurrent discard may come before or after.
     pub fn overwrite(&self, way: Way, offset: u64, buf: &[u8]) -> Result<()> {
-        self.data.write_by(way, self.grid.data_offset(offset), buf)
+        let result = self.data.write_by(way, self.grid.data_offset(offset), buf);
+        self.note_unsynced();
+        result
     }
 
     /// Writes bytes at `offset` of the disk into the blocks of `extent`, which are not `Data` yet: whole blocks are
@@ -164,7 +207,9 @@ impl Blocks {
         for extent in self.map.extents(span).filter(|extent| extent.state == BlockState::Data) {
             self.map.prepare(extent.span, None)?;
         }
-        self.data.punch(span.start * self.block_bytes(), span.len() * self.block_bytes())?;
+        let punched = self.data.punch(span.start * self.block_bytes(), span.len() * self.block_bytes());
+        self.note_unsynced();
+        punched?;
         self.show_zeroes(span)
     }
 

@@ -1,12 +1,17 @@
-//! The flush protocol: data first, then map.
+//! The flush protocol: data first, then map; or both by one write.
 //!
 //! 1. Take the runs of blocks that changed since the last commit, and read their states from the live map. Whatever
 //!    they say is `Data` was written before it said so.
-//! 2. Sync the data file.
-//! 3. If there was any run: append one record to the journal by one durable write; or, if the journal has no room for
-//!    it, write the pages, sync them and switch to them by writing the superblock.
+//! 2. If they are few, and nothing else was written: append one record to the journal that has their contents, too, by one
+//!    durable write. The data file is synced some later time.
+//! 3. Otherwise sync the data file.
+//! 4. If there was any run: append one record to the journal by one durable write; or, if the journal has no room for
+//!    it, write the pages, sync them and switch to them by writing the superblock. If there was none, but records have
+//!    contents: append one that says that these do not count any more.
 //!
-//! A crash before 3 has ended leaves the map of the commit before (I2, I3).
+//! A crash before this has ended leaves the map of the commit before (I2, I3). Contents in the journal are put into the data
+//! file by an opening after a crash of the host, and only if no sync of the data file was committed after them: what they
+//! would come back over is newer then (I11).
 
 use std::sync::atomic::{AtomicU64, Ordering};
 
@@ -24,6 +29,8 @@ pub struct CommitCounts {
     pub syncs: u64,
     /// Records appended to the journal, each after a sync of the data file.
     pub records: u64,
+    /// Records appended to the journal with the contents of all blocks that they name, without a sync of the data file.
+    pub records_with_contents: u64,
     /// Checkpoints.
     pub checkpoints: u64,
 }
@@ -33,6 +40,7 @@ impl CommitCounts {
     pub fn add(&mut self, other: Self) {
         self.syncs += other.syncs;
         self.records += other.records;
+        self.records_with_contents += other.records_with_contents;
         self.checkpoints += other.checkpoints;
     }
 }
@@ -42,16 +50,18 @@ impl CommitCounts {
 pub(super) struct Commits {
     syncs: AtomicU64,
     records: AtomicU64,
+    records_with_contents: AtomicU64,
     checkpoints: AtomicU64,
 }
 
 impl Overlay {
     /// What was done so far to make writes durable. Takes no lock.
     pub fn commit_counts(&self) -> CommitCounts {
-        let Commits { syncs, records, checkpoints } = &self.commits;
+        let Commits { syncs, records, records_with_contents, checkpoints } = &self.commits;
         CommitCounts {
             syncs: syncs.load(Ordering::Relaxed),
             records: records.load(Ordering::Relaxed),
+            records_with_contents: records_with_contents.load(Ordering::Relaxed),
             checkpoints: checkpoints.load(Ordering::Relaxed),
         }
     }
@@ -109,7 +119,7 @@ impl Overlay {
             return Ok(());
         }
         let grown = now.resized(size)?;
-        let result = extend(self.blocks.data(), grown.data_bytes()).and_then(|()| {
+        let result = extend(self.blocks.data(), grown.data_bytes()).and_then(|_| {
             self.blocks.data().sync()?;
             durable.resize(grown)
         });
@@ -142,14 +152,18 @@ impl Overlay {
     fn commit(&self, durable: &mut DurableMap<LatchedStorage>, checkpoint: bool) -> Result<()> {
         self.latch.check()?;
         let tickets = self.flush_tickets.load(Ordering::Acquire);
+        let unsynced = self.blocks.take_unsynced();
         let runs = self.blocks.map().take_uncommitted();
-        let result = self.commit_runs(durable, &runs, checkpoint);
+        let result = self.commit_runs(durable, &runs, unsynced, checkpoint);
         match &result {
             Ok(()) => {
                 self.blocks.map().note_durable(durable);
                 self.flushed_tickets.store(tickets, Ordering::Release);
             }
-            Err(_) => self.blocks.map().put_back(runs),
+            Err(_) => {
+                self.blocks.map().put_back(runs);
+                self.blocks.note_unsynced();
+            }
         }
         self.after_commit(result.context(|| format!("flush disk {}", self.name)))
     }
@@ -158,6 +172,7 @@ impl Overlay {
         &self,
         durable: &mut DurableMap<LatchedStorage>,
         runs: &[BlockSpan],
+        unsynced: bool,
         checkpoint: bool,
     ) -> Result<()> {
         let map = self.blocks.map();
@@ -165,9 +180,16 @@ impl Overlay {
         let changes = if checkpoint { None } else { map.changes_in(runs, durable.room_for_changes()) };
         match changes {
             Some(changes) => {
+                if !unsynced && !changes.is_empty() {
+                    let takes = |bytes| durable.takes_contents(changes.len(), bytes);
+                    if let Some(contents) = self.blocks.contents_of(&changes, takes)? {
+                        self.commits.records_with_contents.fetch_add(1, Ordering::Relaxed);
+                        return durable.append_with_contents(changes, contents);
+                    }
+                }
                 // Data first: a record that survives a crash must never name data that did not (I2).
                 sync_data()?;
-                if changes.is_empty() {
+                if changes.is_empty() && !durable.has_contents() {
                     self.commits.syncs.fetch_add(1, Ordering::Relaxed);
                     return Ok(());
                 }
@@ -194,8 +216,12 @@ impl Overlay {
     }
 }
 
-/// Makes the data file at least `len` bytes long. It may be longer already: a crash fell between its growing and the
-/// disk's.
-pub(super) fn extend(data: &LatchedStorage, len: u64) -> Result<()> {
-    if data.size()? < len { data.set_len(len) } else { Ok(()) }
+/// Makes the data file at least `len` bytes long, and says whether it was shorter. It may be longer already: a crash fell
+/// between its growing and the disk's.
+pub(super) fn extend(data: &LatchedStorage, len: u64) -> Result<bool> {
+    let is_shorter = data.size()? < len;
+    if is_shorter {
+        data.set_len(len)?;
+    }
+    Ok(is_shorter)
 }

@@ -6,16 +6,21 @@
 //! bytes and the invariants.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::num::NonZeroU64;
 
-use super::map_scan::{CurrentPage, MapScan, pages_of};
+use super::map_scan::{BlockContents, CurrentPage, MapScan, pages_of};
 use super::states::{PageWords, SparseStates};
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::format::{
     BootId, Change, JOURNAL_BYTES, JOURNAL_OFFSET, JournalRecord, MapPage, PAGE_BYTES, SUPERBLOCK_BYTES,
-    SessionId, Superblock, changes_that_fit, slot_offset,
+    SessionId, Superblock, changes_that_fit, record_bytes_for, slot_offset,
 };
 use crate::storage::{Room, Storage, Taken};
 use crate::units::Geometry;
+
+/// No record's contents take more than this part of the journal: above it a sync of the data file costs less than what
+/// is written twice.
+const CONTENTS_SHARE: u64 = 16;
 
 /// The map file of one open layer.
 #[derive(Debug)]
@@ -30,6 +35,10 @@ pub struct DurableMap<S> {
     journal_used: u64,
     /// The number that the next record gets.
     next_sequence: u64,
+    /// The number of the first record whose contents may not be in the data file, or of a later record without contents.
+    contents_since: u64,
+    /// Whether a record from that one on has contents.
+    has_contents: bool,
     /// Where the current copy of each page is.
     pages: BTreeMap<u64, CurrentPage>,
     /// Pages that the next checkpoint has to write: those with changes in the journal, and those of which an interrupted
@@ -51,6 +60,16 @@ impl Position {
     pub fn is_covered_by(self, position: Self) -> bool {
         self.generation <= position.generation && self.next_sequence <= position.next_sequence
     }
+}
+
+/// What a map file says.
+#[derive(Debug)]
+pub struct Loaded {
+    /// The state of each block.
+    pub states: SparseStates,
+    /// Contents of blocks that have to be put into the data file before it is read, unless what the host's cache has of it
+    /// is known to be newer.
+    pub contents: Vec<BlockContents>,
 }
 
 /// Writes the superblock of a new layer into an empty map file. The caller syncs it.
@@ -96,11 +115,11 @@ fn copy_offset(copy: u64) -> u64 {
 }
 
 impl<S: Storage> DurableMap<S> {
-    /// Reads superblock, pages and journal, and the states that they say. Changes nothing.
+    /// Reads superblock, pages and journal, and what they say. Changes nothing.
     ///
     /// # Errors
     /// [`ErrorKind::Corrupt`] if a page or a record that had been committed is damaged or gone.
-    pub fn load(storage: S) -> Result<(Self, SparseStates)> {
+    pub fn load(storage: S) -> Result<(Self, Loaded)> {
         let (superblock, superblock_copy) = read_newer_copy(&storage)?;
         let scan = MapScan::read(&storage, &superblock)?;
         if let Some(fault) = scan.faults.into_iter().next() {
@@ -114,10 +133,12 @@ impl<S: Storage> DurableMap<S> {
             superblock_durable: true,
             journal_used: scan.journal_used,
             next_sequence: scan.next_sequence,
+            contents_since: scan.contents_since,
+            has_contents: !scan.contents.is_empty(),
             pages: scan.pages,
             stale: scan.stale,
         };
-        Ok((map, scan.states))
+        Ok((map, Loaded { states: scan.states, contents: scan.contents }))
     }
 
     /// The superblock as it is on disk.
@@ -140,9 +161,28 @@ impl<S: Storage> DurableMap<S> {
         self.journal_used > 0
     }
 
-    /// How many changes fit into one more record.
+    /// How many changes without contents fit into one more record.
     pub fn room_for_changes(&self) -> usize {
-        changes_that_fit(self.superblock.journal_bytes - self.journal_used)
+        changes_that_fit(self.journal_left())
+    }
+
+    /// Whether `bytes` bytes of contents may go into one more record of `changes` changes: there is room for it, and it is
+    /// small enough to leave room for others.
+    pub fn takes_contents(&self, changes: usize, bytes: u64) -> bool {
+        let most = (self.superblock.journal_bytes / CONTENTS_SHARE).min(self.journal_left());
+        self.superblock.contents_since.is_some()
+            && bytes <= most
+            && record_bytes_for(changes, usize::try_from(bytes).expect("below 1 MiB")) <= most
+    }
+
+    /// Whether records have contents that may not be in the data file. A flush that syncs the data file then has to say so,
+    /// by a record or by a checkpoint: otherwise a crash would bring them back over what was written later.
+    pub fn has_contents(&self) -> bool {
+        self.has_contents
+    }
+
+    fn journal_left(&self) -> u64 {
+        self.superblock.journal_bytes - self.journal_used
     }
 
     /// Marks the layer as being written to in `session`, and gives it a journal if it has none. That survives the daemon,
@@ -153,7 +193,8 @@ impl<S: Storage> DurableMap<S> {
     /// [`ErrorKind::NoSpace`] if the host has no room for the journal; the layer is unchanged then.
     pub fn begin_session(&mut self, session: SessionId, boot: BootId) -> Result<()> {
         let generation = self.superblock.generation + 1;
-        let mut next = Superblock { session, boot, generation, ..self.superblock.clone() };
+        let contents_since = NonZeroU64::new(self.next_sequence);
+        let mut next = Superblock { session, boot, generation, contents_since, ..self.superblock.clone() };
         if next.journal_bytes == 0 {
             // Written, not only reserved: a record written into an unwritten extent would cost a commit of the host
             // file system's own journal (I6).
@@ -177,13 +218,23 @@ impl<S: Storage> DurableMap<S> {
         // On its way while the data are written, and mostly there when the first commit comes.
         self.storage.start_writing();
         (self.superblock, self.superblock_copy, self.superblock_durable) = (next, copy, false);
+        self.contents_since = self.next_sequence;
         Ok(())
     }
 
-    /// Marks the layer as closed cleanly.
+    /// Marks the layer as closed cleanly. All contents in the journal are durable in the data file.
     pub fn end_session(&mut self) -> Result<()> {
-        let next = Superblock { session: SessionId::NONE, boot: BootId::NONE, ..self.superblock.clone() };
-        self.write_superblock(next)
+        let contents_since =
+            if self.has_journaled_changes() { NonZeroU64::new(self.next_sequence) } else { None };
+        let next = Superblock {
+            session: SessionId::NONE,
+            boot: BootId::NONE,
+            contents_since,
+            ..self.superblock.clone()
+        };
+        self.write_superblock(next)?;
+        (self.contents_since, self.has_contents) = (self.next_sequence, false);
+        Ok(())
     }
 
     /// Records a new size.
@@ -231,17 +282,43 @@ impl<S: Storage> DurableMap<S> {
         self.storage.allocate(slot_offset(page, 0), 2 * PAGE_BYTES as u64)
     }
 
-    /// Commits `changes` by one durable write, or by the sync that also makes the beginning of the session durable. The
-    /// caller has synced the data that they name (I2).
+    /// Commits `changes` to data that the caller has synced (I2). None, where all that there is to say is that the contents in
+    /// earlier records are in the data file now.
     ///
     /// # Errors
     /// Those of the storage, which is latched then.
     ///
     /// # Panics
-    /// If there are more changes than [`DurableMap::room_for_changes`], or none.
+    /// If there are more changes than [`DurableMap::room_for_changes`].
     pub fn append(&mut self, changes: Vec<Change>) -> Result<()> {
-        assert!(!changes.is_empty() && changes.len() <= self.room_for_changes());
-        let record = JournalRecord { sequence: self.next_sequence, changes };
+        assert!(changes.len() <= self.room_for_changes());
+        let sequence = self.next_sequence;
+        // A session that an earlier version has begun knows of no contents, nor may whoever reads it.
+        let contents_since = self.superblock.contents_since.map_or(0, |_| sequence);
+        self.append_record(&JournalRecord { sequence, contents_since, changes, contents: Vec::new() })?;
+        (self.contents_since, self.has_contents) = (sequence, false);
+        Ok(())
+    }
+
+    /// Commits `changes` together with the contents of all blocks that become `Data` by them, which may be in the host's
+    /// cache only: the data file needs no sync.
+    ///
+    /// # Errors
+    /// Those of the storage, which is latched then.
+    ///
+    /// # Panics
+    /// If the journal does not [take](DurableMap::takes_contents) so many.
+    pub fn append_with_contents(&mut self, changes: Vec<Change>, contents: Vec<u8>) -> Result<()> {
+        assert!(self.takes_contents(changes.len(), contents.len() as u64));
+        let (sequence, contents_since) = (self.next_sequence, self.contents_since);
+        let has_contents = !contents.is_empty();
+        self.append_record(&JournalRecord { sequence, contents_since, changes, contents })?;
+        self.has_contents |= has_contents;
+        Ok(())
+    }
+
+    /// Appends `record` by one durable write, or by the sync that also makes the beginning of the session durable.
+    fn append_record(&mut self, record: &JournalRecord) -> Result<()> {
         let bytes = record.encode(self.superblock.layer);
         let offset = JOURNAL_OFFSET + self.journal_used;
         let is_first = !self.superblock_durable;
@@ -303,6 +380,7 @@ impl<S: Storage> DurableMap<S> {
         self.pages.extend(written);
         self.stale.clear();
         self.journal_used = 0;
+        (self.contents_since, self.has_contents) = (self.next_sequence, false);
         Ok(())
     }
 }

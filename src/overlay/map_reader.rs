@@ -32,8 +32,8 @@ impl MapReader {
         {
             return Ok(Self { superblock, states });
         }
-        let (durable, states) = DurableMap::load(map)?;
-        Ok(Self { superblock: durable.superblock().clone(), states })
+        let (durable, loaded) = DurableMap::load(map)?;
+        Ok(Self { superblock: durable.superblock().clone(), states: loaded.states })
     }
 
     /// What the overlay says of itself.

@@ -1,18 +1,20 @@
 //! Reading pages and journal of a map file: the states that they say, and all that is not as it should be.
 //!
 //! An opening refuses the layer at the first fault; a check wants to know of every one. Both read with this, so that they
-//! never disagree. What is allocated: the journal (at most 1 MiB); 4 KiB for each page that is whole, and for each end of a
+//! never disagree. What is allocated: the journal (at most 1 MiB), and the contents in it once more; 4 KiB for each page that is whole, and for each end of a
 //! change in the journal that lies within a page; and some 50 bytes for each page of the disk that a change covers.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::num::NonZeroU64;
 
 use super::states::{PageWords, SparseStates};
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::{
     BLOCKS_PER_PAGE, Change, JOURNAL_BLOCK_BYTES, JOURNAL_OFFSET, JournalRecord, MapPage, PAGE_BYTES,
-    PAGES_OFFSET, Superblock, page_count, record_bytes_for, slot_offset,
+    PAGES_OFFSET, Superblock, data_blocks, page_count, slot_offset,
 };
 use crate::storage::Storage;
+use crate::units::{BlockSpan, Geometry};
 
 /// Most bytes read at once while the pages are loaded: a multiple of two slots.
 const LOAD_BYTES_MAX: usize = 256 * PAGE_BYTES;
@@ -32,6 +34,15 @@ pub struct CurrentPage {
     pub checksum: u128,
 }
 
+/// What a record has of a run of blocks.
+#[derive(Debug)]
+pub struct BlockContents {
+    /// The blocks.
+    pub span: BlockSpan,
+    /// Their contents.
+    pub bytes: Vec<u8>,
+}
+
 /// What was read.
 #[derive(Debug, Default)]
 pub struct MapScan {
@@ -46,6 +57,10 @@ pub struct MapScan {
     pub journal_used: u64,
     /// The number that the next record gets.
     pub next_sequence: u64,
+    /// Contents that may not be in the data file yet, in the order in which they were committed; of one block perhaps several.
+    pub contents: Vec<BlockContents>,
+    /// The number of the first record whose contents count.
+    pub contents_since: u64,
     /// Why the map must not be used, if there is any reason.
     pub faults: Vec<MapFault>,
     /// Pages with a slot that holds no whole page, in order; the first ones.
@@ -198,9 +213,11 @@ impl MapScan {
         let mut journal = vec![0; len];
         storage.read_at(JOURNAL_OFFSET, &mut journal)?;
         // Of the disk as it is: a larger size is durable before the first change beyond the old one.
-        let blocks = superblock.geometry.blocks();
-        let decode = |at: usize| JournalRecord::decode(superblock.layer, blocks, &journal[at..]);
+        let geometry = superblock.geometry;
+        let decode = |at: usize| JournalRecord::decode(superblock.layer, geometry, &journal[at..]);
         let mut changes = Vec::new();
+        let mut contents: Vec<(u64, BlockContents)> = Vec::new();
+        let mut contents_since = superblock.contents_since.map_or(0, NonZeroU64::get);
         let mut at = 0;
         while at < len {
             let record = match decode(at) {
@@ -212,11 +229,18 @@ impl MapScan {
                 }
             };
             self.next_sequence += 1;
-            at += usize::try_from(record_bytes_for(record.changes.len())).expect("it was in memory");
+            at += usize::try_from(record.encoded_bytes()).expect("it was in memory");
+            contents_since = contents_since.max(record.contents_since);
+            contents.extend(contents_of(&record, geometry).map(|found| (record.sequence, found)));
             changes.extend(record.changes);
         }
+        // Of those that were durable in the data file since, what is there now may be newer.
+        let kept = contents.into_iter().filter(|&(sequence, _)| sequence >= contents_since);
+        self.contents = kept.map(|(_, found)| found).collect();
+        self.contents_since = contents_since;
         self.states.apply_all(&changes);
         self.stale.extend(pages_of(&changes));
+        let blocks = geometry.blocks();
         if let Some(block) = self.states.block_behind(blocks) {
             self.faults.push(MapFault::BehindEnd { block, blocks });
         }
@@ -237,6 +261,19 @@ impl MapScan {
         }
         Ok(())
     }
+}
+
+/// The contents in `record`, run by run.
+fn contents_of(record: &JournalRecord, geometry: Geometry) -> impl Iterator<Item = BlockContents> {
+    let mut rest = record.contents.as_slice();
+    let block_bytes = u64::from(geometry.block_bytes());
+    let with_contents = if rest.is_empty() { &[] } else { record.changes.as_slice() };
+    data_blocks(with_contents).map(move |span| {
+        // The decoder has seen that they are as long as all runs together.
+        let bytes;
+        (bytes, rest) = rest.split_at(usize::try_from(span.len() * block_bytes).expect("within the record"));
+        BlockContents { span, bytes: bytes.to_vec() }
+    })
 }
 
 /// The pages that describe the blocks of `changes`, each once, in order.

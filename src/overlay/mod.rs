@@ -250,6 +250,12 @@ impl Overlay {
         (first.state == BlockState::Data && first.span == span).then(|| geometry.data_offset(offset))
     }
 
+    /// Notes that a write which [`Overlay::place`] has placed was done, or tried: the next flush covers it. Called before
+    /// it is answered.
+    pub fn placed_write_ended(&self) {
+        self.blocks.note_unsynced();
+    }
+
     /// See [`Storage::direct_file`].
     pub fn direct_file(&self) -> Option<DirectFile<'_>> {
         self.blocks.data().direct_file()

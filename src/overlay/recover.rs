@@ -16,9 +16,9 @@ use super::base::BaseImage;
 use super::block_locks::BlockLocks;
 use super::blocks::Blocks;
 use super::commit::{Commits, extend};
-use super::durable_map::DurableMap;
+use super::durable_map::{DurableMap, Loaded};
 use super::live_map::{self, Binding, LiveMap, TakeUp, current_boot};
-use super::map_scan::MapFault;
+use super::map_scan::{BlockContents, MapFault};
 use super::states::SparseStates;
 use super::{LayerFiles, Overlay};
 use crate::error::{Context, Error, ErrorKind, Result};
@@ -86,7 +86,7 @@ fn open(
     // the disk: what is read from now on is on it (I10).
     map.sync()?;
     map.drop_cache()?;
-    let (mut durable, states) = DurableMap::load(map)?;
+    let (mut durable, Loaded { states, contents }) = DurableMap::load(map)?;
     let superblock = durable.superblock().clone();
     let geometry = superblock.geometry;
     check_base(&superblock, &base)?;
@@ -98,6 +98,7 @@ fn open(
         SessionId::NONE => TakeUp::Missing,
         _ => LiveMap::take_up(live_map, left_behind, durable.position(), pages)?,
     };
+    let is_taken_up = matches!(found, TakeUp::Taken(..));
     let map = if let TakeUp::Taken(live, live_states) = found {
         log::info!("disk {name}: taking up where an earlier daemon left off");
         if let Some(block) = live_states.block_behind(geometry.blocks()) {
@@ -118,41 +119,63 @@ fn open(
                 WhenLost::Refuse | WhenLost::Accept => {}
             }
             log::warn!("disk {name}: was not closed; what was written after its last flush may be gone");
-            data.sync()?;
-            data.drop_cache()?;
-            // From here on the last session is over: a crash before the next one begins loses nothing more.
-            durable.end_session()?;
-        } else if live_map.try_exists().unwrap_or(true) {
-            // A session that was closed leaves none. The host may have failed to write what began this one, and the sync that
-            // learnt of it was somebody else's: what it failed to write of the data is in the cache, and nowhere else (I10).
-            if live_map::is_ahead(live_map, superblock.layer, durable.position())? {
-                if when_lost == WhenLost::NeedAll {
-                    return Err(live_map_is_worthless(live_map));
-                }
-                log::warn!(
-                    "disk {name}: its last session is lost; what was written after its last flush may be gone"
-                );
+        } else if live_map.try_exists().unwrap_or(true)
+            && live_map::is_ahead(live_map, superblock.layer, durable.position())?
+        {
+            // The host may have failed to write what began that session, and the sync that learnt of it was somebody else's.
+            if when_lost == WhenLost::NeedAll {
+                return Err(live_map_is_worthless(live_map));
             }
-            data.sync()?;
-            data.drop_cache()?;
+            log::warn!(
+                "disk {name}: its last session is lost; what was written after its last flush may be gone"
+            );
         }
-        check_data(&data, geometry.block_bytes(), &states)?;
+        go_back(&data, &mut durable, &states, &contents, live_map)?;
         let binding = Binding { layer: superblock.layer, session: SessionId::random()?, boot };
         let live = LiveMap::create(live_map, binding, pages, &states)?;
         AllocMap::new(live, binding, durable, Vec::new())
     };
-    extend(&data, geometry.data_bytes())?;
+    // What an earlier process wrote, and was not asked to flush, the next flush has to sync; and a new end of the file.
+    let unsynced = extend(&data, geometry.data_bytes())? || is_taken_up;
     Ok(Overlay {
         name: name.to_owned(),
         grid: geometry,
         size: AtomicU64::new(geometry.size()),
-        blocks: Blocks::new(geometry, data, base, map),
+        blocks: Blocks::new(geometry, data, base, map, unsynced),
         locks: BlockLocks::default(),
         latch,
         flush_tickets: AtomicU64::new(0),
         flushed_tickets: AtomicU64::new(0),
         commits: Commits::default(),
     })
+}
+
+/// Makes the data file what the last commit says, without the live map: what the host's cache has of it is not believed
+/// (I10), and what only the journal has is put there. The last session is over then.
+fn go_back(
+    data: &LatchedStorage,
+    durable: &mut DurableMap<LatchedStorage>,
+    states: &SparseStates,
+    contents: &[BlockContents],
+    live_map: &Path,
+) -> Result<()> {
+    let geometry = durable.superblock().geometry;
+    let was_open = durable.superblock().session != SessionId::NONE;
+    // A session that was closed leaves no live map.
+    if was_open || durable.has_contents() || live_map.try_exists().unwrap_or(true) {
+        data.sync()?;
+        data.drop_cache()?;
+    }
+    check_data(data, geometry.block_bytes(), states)?;
+    if durable.has_contents() {
+        // In their order: of what was committed twice the last one stays.
+        for BlockContents { span, bytes } in contents {
+            data.write_at(span.start * u64::from(geometry.block_bytes()), bytes)?;
+        }
+        data.sync()?;
+    }
+    // A crash before the next session begins loses nothing more, and brings back no contents over what that one writes.
+    if was_open || durable.has_contents() { durable.end_session() } else { Ok(()) }
 }
 
 fn live_map_is_gone(path: &Path) -> Error {

@@ -47,8 +47,9 @@ enum Before {
     Shared,
 }
 
+/// What a disk is made of.
 #[derive(Debug)]
-enum Kind {
+pub(super) enum Kind {
     /// Copy-on-write.
     Overlay(Box<Overlay>),
     /// A file of its own.
@@ -205,12 +206,8 @@ impl Disk {
         both!(self, disk => disk.next_hole(offset))
     }
 
-    /// The disk, if it is no overlay.
-    pub(super) fn as_plain(&self) -> Option<&PlainDisk> {
-        match &self.kind {
-            Kind::Overlay(_) => None,
-            Kind::Plain(plain) => Some(plain),
-        }
+    pub(super) fn kind(&self) -> &Kind {
+        &self.kind
     }
 
     /// See [`Overlay::checkpoint_due`]; never for a disk that is no overlay.

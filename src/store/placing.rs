@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 
-use super::disk::Disk;
+use super::disk::{Disk, Kind};
 use crate::storage::{Room, Taken};
 
 /// Where in a file of the host a direct request goes. Kept until it has ended.
@@ -78,10 +78,10 @@ impl Trials {
 impl Disk {
     /// Tells whether the host has done a write that [`Disk::place`] has offered, and that it was asked to do.
     pub fn placed_write_ended(&self, done: bool) {
-        match self.as_plain().map(super::PlainDisk::trials) {
-            Some(trials) if done => trials.succeeded(),
-            Some(trials) => trials.failed(),
-            None => {}
+        match self.kind() {
+            Kind::Overlay(overlay) => overlay.placed_write_ended(),
+            Kind::Plain(plain) if done => plain.trials().succeeded(),
+            Kind::Plain(plain) => plain.trials().failed(),
         }
     }
 }

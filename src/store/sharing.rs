@@ -4,32 +4,37 @@ use std::os::fd::BorrowedFd;
 
 use rustix::fs::{FileType, OFlags};
 
-use super::Store;
-use super::disk::Disk;
+use super::disk::{Disk, Kind};
 use super::layout::{DiskPart, disk_file};
 use super::names::{DiskName, ObjectName};
+use super::{PlainDisk, Store};
 use crate::error::{Context, Error, ErrorKind, Result};
 
 impl Disk {
-    /// The file of the host that the disk is, where it is one: see [`super::PlainDisk::whole_file`].
+    /// The disk, if it is no overlay.
+    fn as_plain(&self) -> Option<&PlainDisk> {
+        if let Kind::Plain(plain) = self.kind() { Some(plain) } else { None }
+    }
+
+    /// The file of the host that the disk is, where it is one: see [`PlainDisk::whole_file`].
     ///
     /// # Errors
-    /// Those of [`super::PlainDisk::whole_file`]; [`ErrorKind::Unsupported`] for an overlay.
+    /// Those of [`PlainDisk::whole_file`]; [`ErrorKind::Unsupported`] for an overlay.
     pub fn whole_file(&self) -> Result<BorrowedFd<'_>> {
         let overlay = || Error::new(ErrorKind::Unsupported, "it is an overlay");
         self.as_plain().ok_or_else(overlay)?.whole_file()
     }
 
-    /// See [`super::PlainDisk::share`]; nothing for an overlay.
+    /// See [`PlainDisk::share`]; nothing for an overlay.
     pub fn share(&self) {
         if let Some(plain) = self.as_plain() {
             plain.share();
         }
     }
 
-    /// See [`super::PlainDisk::was_changed_by_others`].
+    /// See [`PlainDisk::was_changed_by_others`].
     pub fn was_changed_by_others(&self) -> bool {
-        self.as_plain().is_some_and(super::PlainDisk::was_changed_by_others)
+        self.as_plain().is_some_and(PlainDisk::was_changed_by_others)
     }
 }
 

@@ -23,7 +23,8 @@ pub struct Layer {
 }
 
 impl Layer {
-    /// Two map pages, both slots of the first in use, and three records in the journal; open, with a live map.
+    /// Two map pages, both slots of the first in use, and three records with contents in the journal, of 8 KiB each; open, with a
+    /// live map.
     pub fn open_one() -> (Self, Overlay) {
         let host = SimHost::new(0);
         let layer = Self {

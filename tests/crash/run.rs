@@ -25,6 +25,8 @@ pub enum Op {
     /// The same blocks discarded.
     ScatterDiscard(u64),
     Preallocate(usize, u64, u64),
+    /// A block discarded and flushed, then written to and flushed: the commit of a new block, with its contents.
+    Renew(usize, u64),
     Flush,
     Checkpoint,
     /// Sectors more.
@@ -44,7 +46,7 @@ pub fn random_op(disk: &Disk, rng: &mut Rng) -> Op {
         1 => 512 * (1 + rng.below(16)),
         _ => 4096 * (1 + rng.below(4)),
     };
-    match rng.below(40) {
+    match rng.below(44) {
         0..16 => Op::Write(window, at, len),
         16..18 => Op::WriteZeroes(window, at, len),
         18..23 => Op::Discard(window, at, len),
@@ -56,7 +58,8 @@ pub fn random_op(disk: &Disk, rng: &mut Rng) -> Op {
         33..36 => Op::Checkpoint,
         36 => Op::Grow(1 + rng.below(40)),
         37..39 => Op::Reopen,
-        _ => Op::Kill,
+        39 => Op::Kill,
+        _ => Op::Renew(window, at),
     }
 }
 
@@ -208,6 +211,18 @@ impl Run<'_> {
             }
             Op::Flush => self.overlay().flush().expect("flush"),
             Op::Checkpoint => self.overlay().checkpoint().expect("checkpoint"),
+            Op::Renew(window, at) => {
+                let block_bytes = u64::from(self.disk.geometry.block_bytes());
+                let block = at / block_bytes * block_bytes;
+                for op in [
+                    Op::Discard(window, block, 2 * block_bytes),
+                    Op::Flush,
+                    Op::Write(window, at, 700),
+                    Op::Flush,
+                ] {
+                    self.apply(&op);
+                }
+            }
             Op::Grow(sectors) => {
                 let size = self.size + sectors * SECTOR;
                 self.mark(Mark::AskedToGrow(size));

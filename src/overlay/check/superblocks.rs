@@ -86,6 +86,7 @@ fn begins_session(newest: &Superblock, other: &Superblock) -> bool {
         session: newest.session,
         boot: newest.boot,
         journal_bytes: newest.journal_bytes,
+        contents_since: newest.contents_since,
         ..other.clone()
     };
     other.session == SessionId::NONE && newest.session != SessionId::NONE && *newest == begun

@@ -75,7 +75,7 @@ class Bench:
 
     @property
     def disk_bytes(self) -> int:
-        return (256 if self.quick else 512) << 20
+        return (128 if self.quick else 256) << 20
 
     def wants(self, group: str, peer: str = "", work: str = "") -> bool:
         """Whether this is part of the run. Empty: whether any peer, any work of it may be."""

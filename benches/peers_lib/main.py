@@ -50,7 +50,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     )  # fmt: skip
     parser.add_argument("--mount-options", default="", metavar="OPT,…", help="more options of cowdisk's mounts")
     parser.add_argument("--rounds", type=int, default=3, help="turns of each peer at each row (default: 3)")
-    parser.add_argument("--seconds", type=float, help="of load per measurement (default: 0.7, with --quick 0.5)")
+    parser.add_argument("--seconds", type=float, help="of load per measurement (default: 0.5, with --quick 0.4)")
     parser.add_argument("--seed", type=int, default=1, help="of contents and of random places (default: 1)")
     parser.add_argument("--dir", type=Path, default=REPOSITORY / "target", help="where disks lie (default: target)")
     parser.add_argument("--memory-dir", type=Path, default=Path("/dev/shm"), help="a tmpfs (default: /dev/shm)")
@@ -147,7 +147,7 @@ def measure(options: argparse.Namespace) -> int:
             mounts_of(options, program, memory_folder),
             options.quick,
             options.rounds,
-            options.seconds or (0.5 if options.quick else 0.7),
+            options.seconds or (0.4 if options.quick else 0.5),
             options.seed,
             tuple(Choice.parse(text) for text in options.only),
         )

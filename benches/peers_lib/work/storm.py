@@ -15,7 +15,7 @@ READERS = (1, 8, 32)
 
 
 def measure(bench: Bench) -> None:
-    size = (64 if bench.quick else 128) << 20
+    size = (16 if bench.quick else 64) << 20
     with ExitStack() as stack:
         place = stack.enter_context(bench.place(bench.disk_folder, size))
         peers = bench.peers(GROUP, place, stack, reflinks=True)

@@ -7,8 +7,10 @@ use crate::units::Geometry;
 /// Where the journal begins, in bytes: after the two copies of the superblock.
 pub const JOURNAL_OFFSET: u64 = 2 * SUPERBLOCK_BYTES as u64;
 
-/// Bytes that a new journal has: 64 commits of up to 252 changes each before a checkpoint is needed.
-pub const JOURNAL_BYTES: u64 = 256 << 10;
+/// Bytes that a new journal has: 128 commits of up to 252 changes each before a checkpoint is needed, or 64 of a block of
+/// 4 KiB with its contents: such commits ran at 0.8 times the speed with half of it, and no faster with twice as much. The first
+/// commit of a disk writes all of it.
+pub const JOURNAL_BYTES: u64 = 512 << 10;
 
 /// Largest journal, in bytes: all the room before the pages.
 pub const JOURNAL_BYTES_MAX: u64 = PAGES_OFFSET - JOURNAL_OFFSET;

@@ -198,7 +198,7 @@ impl<S: Storage> DurableMap<S> {
         if next.journal_bytes == 0 {
             // Written, not only reserved: a record written into an unwritten extent would cost a commit of the host
             // file system's own journal (I6).
-            let zeroes = vec![0; usize::try_from(JOURNAL_BYTES).expect("256 KiB")];
+            let zeroes = vec![0; usize::try_from(JOURNAL_BYTES).expect("512 KiB")];
             let left = self.storage.next_data(JOURNAL_OFFSET)?;
             self.storage.write_at(JOURNAL_OFFSET, &zeroes)?;
             if left.is_some_and(|at| at < JOURNAL_OFFSET + JOURNAL_BYTES) {

@@ -68,8 +68,10 @@ pub fn random_script(disk: &Disk, rng: &mut Rng) -> (Vec<Op>, Vec<Op>) {
     let mut before = Vec::new();
     if rng.below(4) == 0 {
         // So many commits that the journal is full, or nearly so.
-        for _ in 0..58 + rng.below(8) {
-            before.push(Op::Write(0, rng.below(disk.windows[0].1) / 4096 * 4096, 512));
+        for _ in 0..39 + rng.below(6) {
+            before.push(Op::Renew(0, rng.below(disk.windows[0].1) / 4096 * 4096));
+        }
+        for _ in 0..rng.below(8) {
             before.push(Op::Discard(0, rng.below(disk.windows[0].1) / 4096 * 4096, 4096));
             before.push(Op::Flush);
         }

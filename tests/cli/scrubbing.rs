@@ -94,8 +94,9 @@ fn a_store_that_is_written_to_is_checked_and_scrubbed_without_false_alarm() {
         for (disk, bytes) in [("inst/disk", 1u64 << 20), ("inst/disk.local", 4 << 20), ("full/disk", 1 << 20)]
         {
             let path = place.path(&format!("mnt/instances/{disk}"));
+            let disk = File::options().read(true).write(true).open(path).unwrap();
             let stop = &stop;
-            scope.spawn(move || write_until(stop, &path, bytes));
+            scope.spawn(move || write_until(stop, &disk, bytes));
         }
         let mut in_use = 0;
         for round in 0..12 {
@@ -122,9 +123,8 @@ fn a_store_that_is_written_to_is_checked_and_scrubbed_without_false_alarm() {
 }
 
 /// Overwrites, syncs, punches and zeroes a disk, here and there, and reads back what it wrote.
-fn write_until(stop: &AtomicBool, path: &str, bytes: u64) {
+fn write_until(stop: &AtomicBool, disk: &File, bytes: u64) {
     use rustix::fs::FallocateFlags;
-    let disk = File::options().read(true).write(true).open(path).unwrap();
     let mut random = 1u64;
     let mut step = 0u8;
     while !stop.load(Ordering::Relaxed) {
@@ -134,7 +134,7 @@ fn write_until(stop: &AtomicBool, path: &str, bytes: u64) {
         let wanted = match step % 4 {
             0 => {
                 let mode = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
-                rustix::fs::fallocate(&disk, mode, offset, 40_000).unwrap();
+                rustix::fs::fallocate(disk, mode, offset, 40_000).unwrap();
                 0
             }
             _ => {
@@ -148,6 +148,6 @@ fn write_until(stop: &AtomicBool, path: &str, bytes: u64) {
         let mut found = vec![!wanted; 40_000];
         disk.read_exact_at(&mut found, offset).unwrap();
         // Discarded blocks of an overlay over a base are zero, too.
-        assert!(found.iter().all(|byte| *byte == wanted), "{path} at {offset}");
+        assert!(found.iter().all(|byte| *byte == wanted), "{disk:?} at {offset}");
     }
 }

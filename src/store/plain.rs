@@ -234,9 +234,15 @@ impl PlainDisk {
         self.latch.check()?;
         self.check_range(offset, len)?;
         let _taken = self.take_room(offset, len)?;
-        // Directly, each would wait for the host to find space for the one before.
-        let fills = self.trials.are_refused() && (offset | len).is_multiple_of(CACHE_PAGE_BYTES);
+        let fills = self.trials.are_refused() && self.fills(offset, len);
         self.storage.write_by(if fills { Way::Cached } else { way }, offset, buf)
+    }
+
+    /// Whether a write fills a hole, by whole pages. Directly, each such would wait for the host to find space for the one before.
+    /// An overwrite is better done directly, though the host may have refused it: then its cache has these pages, and loses them.
+    fn fills(&self, offset: u64, len: u64) -> bool {
+        let has_hole = || self.storage.next_hole(offset).is_ok_and(|hole| hole < offset + len);
+        (offset | len).is_multiple_of(CACHE_PAGE_BYTES) && has_hole()
     }
 
     /// Makes `len` bytes at `offset` zeroes and gives their space back to the host.

@@ -5,9 +5,9 @@
 //! 2. If they are few, and nothing else was written: append one record to the journal that has their contents, too, by one
 //!    durable write. The data file is synced some later time.
 //! 3. Otherwise sync the data file.
-//! 4. If there was any run: append one record to the journal by one durable write; or, if the journal has no room for
-//!    it, write the pages, sync them and switch to them by writing the superblock. If there was none, but records have
-//!    contents: append one that says that these do not count any more.
+//! 4. If there was any run: append one record to the journal by one durable write. If there was none, but records have
+//!    contents: append one that says that these do not count any more. If the journal has no room for it: write the pages, sync
+//!    them and switch to them by writing the superblock.
 //!
 //! A crash before this has ended leaves the map of the commit before (I2, I3). Contents in the journal are put into the data
 //! file by an opening after a crash of the host, and only if no sync of the data file was committed after them: what they
@@ -177,7 +177,12 @@ impl Overlay {
     ) -> Result<()> {
         let map = self.blocks.map();
         let sync_data = || self.blocks.data().sync();
-        let changes = if checkpoint { None } else { map.changes_in(runs, durable.room_for_changes()) };
+        // Where the journal is full it has no room even for a record without changes.
+        let is_cramped = durable.has_contents() && durable.is_full();
+        let changes = match checkpoint || is_cramped {
+            true => None,
+            false => map.changes_in(runs, durable.room_for_changes()),
+        };
         match changes {
             Some(changes) => {
                 if !unsynced && !changes.is_empty() {

@@ -161,6 +161,11 @@ impl<S: Storage> DurableMap<S> {
         self.journal_used > 0
     }
 
+    /// Whether the journal has no room for one more record, not even for one without changes.
+    pub fn is_full(&self) -> bool {
+        self.journal_left() == 0
+    }
+
     /// How many changes without contents fit into one more record.
     pub fn room_for_changes(&self) -> usize {
         changes_that_fit(self.journal_left())
@@ -289,9 +294,8 @@ impl<S: Storage> DurableMap<S> {
     /// Those of the storage, which is latched then.
     ///
     /// # Panics
-    /// If there are more changes than [`DurableMap::room_for_changes`].
+    /// If there are more changes than [`DurableMap::room_for_changes`], or the journal [is full](DurableMap::is_full).
     pub fn append(&mut self, changes: Vec<Change>) -> Result<()> {
-        assert!(changes.len() <= self.room_for_changes());
         let sequence = self.next_sequence;
         // A session that an earlier version has begun knows of no contents, nor may whoever reads it.
         let contents_since = self.superblock.contents_since.map_or(0, |_| sequence);
@@ -319,6 +323,8 @@ impl<S: Storage> DurableMap<S> {
 
     /// Appends `record` by one durable write, or by the sync that also makes the beginning of the session durable.
     fn append_record(&mut self, record: &JournalRecord) -> Result<()> {
+        // Behind the journal lie the pages.
+        assert!(record.encoded_bytes() <= self.journal_left());
         let bytes = record.encode(self.superblock.layer);
         let offset = JOURNAL_OFFSET + self.journal_used;
         let is_first = !self.superblock_durable;

@@ -144,6 +144,24 @@ fn a_flushed_overwrite_of_what_the_journal_has_is_not_undone() {
     }
 }
 
+/// Such a flush had no room in the journal for its word that contents do not count any more, and wrote it behind the
+/// journal, where nobody reads it.
+#[test]
+fn a_flushed_overwrite_is_not_undone_where_the_journal_is_full() {
+    for choice in all_choices() {
+        let (host, overlay) = Host::new();
+        let record_bytes = 2 * BLOCK as u64;
+        let records = host.superblock().journal_bytes / record_bytes;
+        // The first one is there.
+        (1..records).for_each(|block| put_and_flush(&overlay, block, 1));
+        let counts = overlay.commit_counts();
+        assert_eq!((counts.records_with_contents, counts.checkpoints), (records, 0), "the journal is full");
+        put_and_flush(&overlay, 3, 2);
+        let (_host, overlay) = host.cut(overlay, &choice);
+        assert_eq!([3, 4].map(|block| byte(&overlay, block)), [2, 1], "{choice:?}");
+    }
+}
+
 #[test]
 fn a_block_that_was_discarded_and_written_with_many_others_is_not_undone() {
     for choice in all_choices() {

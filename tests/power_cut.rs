@@ -25,6 +25,12 @@ fn everything_promised_is_there_after_power_cuts() {
     assert!(said.contains("right: linear 4 of 4, subset 4 of 4, torn 4 of 4"), "{said}");
 }
 
+#[test]
+fn everything_promised_is_there_after_power_cuts_where_the_kernel_serves_disks() {
+    let said = power_cut(&["--passthrough", "--cuts", "6"]);
+    assert!(said.contains("right: linear 2 of 2, subset 2 of 2, torn 2 of 2"), "{said}");
+}
+
 /// What finds no liar finds nothing.
 #[test]
 fn a_writer_that_promises_without_syncing_is_found_out() {

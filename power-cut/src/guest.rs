@@ -12,7 +12,7 @@ use rustix::mount::MountFlags;
 use rustix::system::RebootCommand;
 
 use crate::aligned::Aligned;
-use crate::plan::{self, STREAMS, Step, Way};
+use crate::plan::{self, Disk, Promise, STREAMS, Step, Way};
 use crate::sector::{Label, SECTOR_BYTES};
 use crate::store_plan::{KEEPER, SHORT_LIVED, StoreStep, store_steps};
 use crate::{Doing, FS_BYTES, Result};
@@ -38,6 +38,8 @@ pub struct Order {
     pub fs: String,
     /// Whether streams sync, or only say so.
     pub honest: bool,
+    /// Whether the kernel serves by itself the disks that are one file of the host.
+    pub passthrough: bool,
 }
 
 impl Order {
@@ -53,6 +55,7 @@ impl Order {
             rounds: value("cut.rounds")?.parse().doing("cut.rounds")?,
             fs: value("cut.fs")?.to_owned(),
             honest: value("cut.honest")? == "yes",
+            passthrough: value("cut.passthrough")? == "yes",
         })
     }
 }
@@ -170,6 +173,8 @@ fn run_stream(order: &Order, marks: &Marks, stream: usize) -> Result<()> {
     let direct = open(&path, OFlags::DIRECT)?;
     let buffered = open(&path, OFlags::empty())?;
     let through = open(&path, OFlags::DSYNC)?;
+    let by_kernel = STREAMS[stream].by_kernel(order.passthrough);
+    check_server(STREAMS[stream], by_kernel)?;
     for (index, step) in plan::steps(order.seed, stream, order.steps).iter().enumerate() {
         let failed = || format!("stream {stream}, step {index}, {step:?}");
         match *step {
@@ -191,20 +196,34 @@ fn run_stream(order: &Order, marks: &Marks, stream: usize) -> Result<()> {
             Step::Sync { data_only: true } => buffered.sync_data().doing(failed())?,
             Step::Sync { data_only: false } => direct.sync_all().doing(failed())?,
         }
-        if step.promises() {
-            marks.promise(order, stream, index + 1)?;
+        match step.promise(by_kernel) {
+            Promise::Nothing => {}
+            Promise::Itself => marks.promise(order, plan::single_writes_of(stream), index + 1)?,
+            Promise::All => marks.promise(order, stream, index + 1)?,
         }
     }
     Ok(())
 }
 
+/// Checks that a disk that is open is served by whom it should be: otherwise something else would be tried.
+fn check_server(disk: Disk, by_kernel: bool) -> Result<()> {
+    let said = cowdisk(&["status"])?;
+    let name = disk.path().trim_start_matches("instances/");
+    let line = said.lines().find(|line| line.split_whitespace().next() == Some(name));
+    let line = line.ok_or_else(|| format!("{name} is not in use: {said}"))?;
+    if line.trim_end().ends_with(" kernel") == by_kernel {
+        return Ok(());
+    }
+    Err(format!("{name} is served by somebody else: {said}"))
+}
+
 fn change_store(order: &Order, step: &StoreStep) -> Result<()> {
     let disk = |name: &str| Path::new(MOUNTPOINT).join("instances").join(name).join("disk");
     match step {
-        StoreStep::Init => cowdisk(&["init"]),
+        StoreStep::Init => cowdisk(&["init"]).map(drop),
         StoreStep::Import => {
             write_image(order.seed)?;
-            cowdisk(&["image", "import", "base", SOURCE, "--format", "raw"])
+            cowdisk(&["image", "import", "base", SOURCE, "--format", "raw"]).map(drop)
         }
         StoreStep::Create(name) => {
             let bytes = (plan::DISK_SECTORS * 512).to_string();
@@ -214,9 +233,12 @@ fn change_store(order: &Order, step: &StoreStep) -> Result<()> {
                 "plain" => arguments.extend(["--root-size", &bytes, "--no-cow"]),
                 _ => {}
             }
-            cowdisk(&arguments)
+            cowdisk(&arguments).map(drop)
         }
-        StoreStep::Mount => cowdisk(&["mount", MOUNTPOINT, "-o", "flush=2"]),
+        StoreStep::Mount => {
+            let options = if order.passthrough { "flush=2,passthrough=auto" } else { "flush=2" };
+            cowdisk(&["mount", MOUNTPOINT, "-o", options]).map(drop)
+        }
         StoreStep::Put(name) => {
             let file = open(&disk(name), OFlags::empty())?;
             file.write_all_at(&put(order.seed, name).bytes(), 0).doing("write a first sector")?;
@@ -224,7 +246,7 @@ fn change_store(order: &Order, step: &StoreStep) -> Result<()> {
         }
         StoreStep::Chown(name, owner) => chown(disk(name), Some(*owner), None).doing("change an owner"),
         StoreStep::Grow(bytes) => open(&disk("web"), OFlags::empty())?.set_len(*bytes).doing("grow a disk"),
-        StoreStep::Remove(name) => cowdisk(&["instance", "remove", name]),
+        StoreStep::Remove(name) => cowdisk(&["instance", "remove", name]).map(drop),
     }
 }
 
@@ -245,12 +267,12 @@ fn write_image(seed: u64) -> Result<()> {
     file.set_len(plan::IMAGE_SECTORS * 512).doing("end the image")
 }
 
-fn cowdisk(arguments: &[&str]) -> Result<()> {
+fn cowdisk(arguments: &[&str]) -> Result<String> {
     let what = format!("cowdisk {}", arguments.join(" "));
     let output =
         Command::new("/bin/cowdisk").args(["--store", STORE]).args(arguments).output().doing(&what)?;
     if output.status.success() {
-        return Ok(());
+        return Ok(String::from_utf8_lossy(&output.stdout).into_owned());
     }
     Err(format!("{what}: {}: {}", output.status, String::from_utf8_lossy(&output.stderr)))
 }

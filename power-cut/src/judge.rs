@@ -30,6 +30,8 @@ pub struct Case {
     pub steps: usize,
     /// Rounds of changes of the store.
     pub rounds: u64,
+    /// Whether the guest's kernel served disks by itself.
+    pub passthrough: bool,
     /// The program.
     pub cowdisk: PathBuf,
     /// A folder with an empty folder `run` in memory.
@@ -94,7 +96,8 @@ fn judge_store(
 
 /// Reads a whole disk and compares each sector with all that it may hold.
 fn judge_disk(case: &Case, host: &Host<'_>, disk: Disk, promised: &[usize]) -> Result<Vec<String>> {
-    let allowed = plan::allowed(case.seed, disk, case.steps, promised);
+    let by_kernel = disk.by_kernel(case.passthrough);
+    let allowed = plan::allowed(case.seed, disk, by_kernel, case.steps, promised);
     let mut bytes = Vec::new();
     let path = host.mountpoint.join(disk.path());
     File::open(&path).doing(disk.path())?.read_to_end(&mut bytes).doing(format!("read {}", disk.path()))?;
@@ -108,7 +111,8 @@ fn judge_disk(case: &Case, host: &Host<'_>, disk: Disk, promised: &[usize]) -> R
         }
         count += 1;
         if count <= NAMED {
-            let streams: Vec<_> = disk.streams().iter().map(|&stream| promised[stream]).collect();
+            let of = |stream: &usize| (promised[*stream], promised[plan::single_writes_of(*stream)]);
+            let streams: Vec<_> = disk.streams().iter().map(of).collect();
             wrong.push(format!(
                 "{} sector {sector}: holds {}, not one of {contents:?}; promised {streams:?}",
                 disk.path(),
@@ -303,5 +307,5 @@ fn run_tool(program: &str, arguments: &[&str]) -> Result<String> {
     Err(format!("{program} {}: {}: {said}{complained}", arguments.join(" "), output.status))
 }
 
-/// The number of workers that promise something.
-pub const WORKERS: usize = STREAMS.len() + 1;
+/// The number of numbers by which marks go: of streams, of who works on the store, and of streams' single writes.
+pub const WORKERS: usize = 2 * STREAMS.len() + 1;

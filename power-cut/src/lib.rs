@@ -13,6 +13,9 @@
 //! not matter, for marks are read off the log. So that a mark makes nothing durable it is written without a flush: with
 //! one, it would put right what the sync before it had left out.
 //!
+//! Where the kernel serves a disk by itself (`passthrough`) a write by O_DSYNC makes itself durable and nothing that came before
+//! it. Its mark, one of another kind, promises no more than that.
+//!
 //! All entries up to the last flush before `t` are taken for durable. Entries are recorded as they end; so a write that
 //! ended while that flush was under way counts with them, though a disk might still lose it. Such states are missed.
 

@@ -9,7 +9,7 @@ use power_cut::write_log::WriteLog;
 use power_cut::{Doing, Result, guest, initramfs};
 
 const USAGE: &str = "usage: power-cut initramfs TARGET NAME=FILE...
-       power-cut judge FOLDER FS SEED STEPS ROUNDS CUTS COWDISK [keep]
+       power-cut judge FOLDER FS SEED STEPS ROUNDS CUTS PASSTHROUGH COWDISK [keep]
        (see scripts/power-cut, which calls both)";
 
 fn main() -> ExitCode {
@@ -23,13 +23,14 @@ fn main() -> ExitCode {
     let words: Vec<&str> = arguments.iter().map(String::as_str).collect();
     let result = match words[..] {
         ["initramfs", target, ref files @ ..] => make_initramfs(target, files).map(|()| true),
-        ["judge", folder, fs, seed, steps, rounds, count, cowdisk, ref keep @ ..] => {
+        ["judge", folder, fs, seed, steps, rounds, count, passthrough, cowdisk, ref keep @ ..] => {
             let case = || -> Result<_> {
                 Ok(Case {
                     fs: fs.to_owned(),
                     seed: seed.parse().doing("SEED")?,
                     steps: steps.parse().doing("STEPS")?,
                     rounds: rounds.parse().doing("ROUNDS")?,
+                    passthrough: passthrough == "yes",
                     cowdisk: PathBuf::from(cowdisk),
                     work: PathBuf::from(folder),
                 })

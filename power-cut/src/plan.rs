@@ -26,7 +26,7 @@ const STRIPE_SECTORS: u64 = 3;
 pub enum Disk {
     /// An overlay over the image.
     Root,
-    /// An overlay over nothing.
+    /// A plain file that was a hole when it was made.
     Local,
     /// A full copy of the image.
     Plain,
@@ -46,6 +46,11 @@ impl Disk {
             Self::Local => "instances/web/disk.local",
             Self::Plain => "instances/plain/disk",
         }
+    }
+
+    /// Whether the kernel serves it by itself, where the mount has it serve what is one file of the host.
+    pub fn by_kernel(self, passthrough: bool) -> bool {
+        passthrough && self != Self::Root
     }
 
     /// What its sectors call it.
@@ -98,10 +103,26 @@ pub enum Step {
 }
 
 impl Step {
-    /// Whether all that the stream has done is promised once the step has returned.
-    pub fn promises(&self) -> bool {
-        matches!(self, Self::Sync { .. } | Self::Write(_, Way::Through))
+    /// What is promised once the step has returned, on a disk that the kernel serves by itself or not.
+    pub fn promise(&self, by_kernel: bool) -> Promise {
+        match self {
+            Self::Sync { .. } => Promise::All,
+            Self::Write(_, Way::Through) if by_kernel => Promise::Itself,
+            Self::Write(_, Way::Through) => Promise::All,
+            Self::Write(..) | Self::Discard(_) => Promise::Nothing,
+        }
     }
+}
+
+/// What is durable once a step has returned.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Promise {
+    /// Nothing more than before.
+    Nothing,
+    /// What the step has written; of what came before it nothing is said.
+    Itself,
+    /// All that the stream has done.
+    All,
 }
 
 /// What a stream does, in order.
@@ -229,25 +250,39 @@ pub fn image_sector(seed: u64, sector: u64) -> [u8; 512] {
     Label { seed, disk: 0, sector, writer: 0 }.bytes()
 }
 
-/// What each sector of a disk may hold, given how many steps of each stream are promised: what the last promised step left,
-/// or any later one that may have begun. None has that comes after the next promise, which was not made.
-pub fn allowed(seed: u64, disk: Disk, count: usize, promised: &[usize]) -> Vec<Vec<Content>> {
+/// The number by which marks call the promises of a stream that are made for single writes ([`Promise::Itself`]). Those for all
+/// that it has done go by its own number.
+pub fn single_writes_of(stream: usize) -> usize {
+    STREAMS.len() + 1 + stream
+}
+
+/// What each sector of a disk may hold, given how many steps of each stream are promised, by the numbers of marks: what the last
+/// promised step left, or any later one that may have begun. None has that comes after the next promise, which was not made.
+pub fn allowed(
+    seed: u64,
+    disk: Disk,
+    by_kernel: bool,
+    count: usize,
+    promised: &[usize],
+) -> Vec<Vec<Content>> {
     let mut sectors = vec![vec![Content::First]; usize::try_from(DISK_SECTORS).unwrap_or(usize::MAX)];
     for stream in disk.streams() {
-        let kept = promised[stream];
+        let (kept, single) = (promised[stream], promised[single_writes_of(stream)]);
         for (index, step) in steps(seed, stream, count).iter().enumerate() {
+            let promise = step.promise(by_kernel);
+            let is_kept = index < kept || promise == Promise::Itself && index < single;
             let (span, content) = match *step {
                 Step::Write(span, _) => (span, Content::Step { stream, step: index }),
                 Step::Discard(span) => (span, Content::Zero),
                 Step::Sync { .. } => (Span { start: 0, end: 0 }, Content::Zero),
             };
             for sector in sectors.iter_mut().take(as_index(span.end)).skip(as_index(span.start)) {
-                if index < kept {
+                if is_kept {
                     sector.clear();
                 }
                 sector.push(content);
             }
-            if index >= kept && step.promises() {
+            if promise != Promise::Nothing && !is_kept {
                 break;
             }
         }
@@ -262,6 +297,9 @@ fn as_index(sector: u64) -> usize {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    /// Numbers of marks.
+    const MARKS: usize = 2 * STREAMS.len() + 1;
 
     #[test]
     fn no_two_streams_write_a_sector() {
@@ -281,10 +319,11 @@ mod tests {
     #[test]
     fn a_promised_write_allows_nothing_older() {
         let all = steps(7, 0, 50);
-        let kept = all.iter().position(Step::promises).map_or(0, |index| index + 1);
-        let mut promised = [0; STREAMS.len()];
+        let kept =
+            all.iter().position(|step| step.promise(false) == Promise::All).map_or(0, |index| index + 1);
+        let mut promised = [0; MARKS];
         promised[0] = kept;
-        let sectors = allowed(7, Disk::Root, 50, &promised);
+        let sectors = allowed(7, Disk::Root, false, 50, &promised);
         let (step, span) = all[..kept]
             .iter()
             .enumerate()
@@ -296,5 +335,41 @@ mod tests {
             matches!(found[0], Content::Step { stream: 0, step: first } if first >= step)
                 || found[0] == Content::Zero
         );
+    }
+
+    #[test]
+    fn a_write_that_promises_itself_says_nothing_of_those_before_it() {
+        let stream = 4;
+        let all = steps(7, stream, 200);
+        let through = |step: &Step| step.promise(true) == Promise::Itself;
+        let (at, span) = all
+            .iter()
+            .enumerate()
+            .find_map(|(at, step)| {
+                if let (true, Step::Write(span, _)) = (through(step), step) {
+                    Some((at, *span))
+                } else {
+                    None
+                }
+            })
+            .expect("something is written through");
+        let mut promised = [0; MARKS];
+        promised[stream] = all[..at]
+            .iter()
+            .rposition(|step| step.promise(true) == Promise::All)
+            .map_or(0, |index| index + 1);
+        promised[single_writes_of(stream)] = at + 1;
+        let sectors = allowed(7, Disk::Plain, true, 200, &promised);
+        let first = sectors[as_index(span.start)][0];
+        assert_eq!(first, Content::Step { stream, step: at }, "neither lost nor older");
+        let unsynced = all[promised[stream]..at].iter().find_map(|step| match *step {
+            Step::Write(other, _) if other.end <= span.start || other.start >= span.end => Some(other),
+            _ => None,
+        });
+        let found = &sectors[as_index(unsynced.expect("something is written before").start)];
+        assert!(found.len() > 1, "what was not synced may be lost: {found:?}");
+        // By us the same write would have taken all before it along.
+        promised[stream] = at + 1;
+        assert_eq!(allowed(7, Disk::Plain, false, 200, &promised)[as_index(span.start)][0], first);
     }
 }

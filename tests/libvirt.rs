@@ -19,7 +19,7 @@ use outside::{
     MIB, allocated, assert_clean_ext4, assert_clean_xfs, assert_holds, assert_same, content, files_on, owner,
     path, sha256,
 };
-use place::{Guest, IMAGE, Place, virsh};
+use place::{Guest, IMAGE, Place, tool, virsh};
 
 #[test]
 fn guests_over_one_image_keep_what_they_write_and_nothing_else() {
@@ -193,41 +193,118 @@ fn a_guest_finds_again_what_it_had_written_when_the_daemon_was_killed_under_it()
     }
 }
 
-/// Files that each guest writes to each of its disks, while the daemon is replaced after every second one.
-const FILES: usize = 14;
+/// Starts guests of the instances `overlay` and `full`, that each write so many files to each of their disks and then do
+/// what is left of their jobs.
+fn start_writers<'a>(place: &'a Place, files: usize, then: [&str; 2]) -> [(&'static str, Guest<'a>); 2] {
+    let writes: Vec<_> = (0..files).map(|number| format!("write=file-{number}:1")).collect();
+    let start =
+        |instance, then: &str| (instance, place.start(instance, &format!("{},{then}", writes.join(","))));
+    [start("overlay", then[0]), start("full", then[1])]
+}
 
-#[test]
-fn guests_notice_nothing_when_the_daemon_is_killed_and_upgraded_under_them() {
-    let place = Place::new();
-    place.create("overlay", &["--flavor", "ext4"]);
-    place.create("full", &["--flavor", "ext4", "--no-cow"]);
-    let writes: Vec<_> = (0..FILES).map(|number| format!("write=file-{number}:1")).collect();
-    let job = format!("{},verify", writes.join(","));
-    let guests = ["overlay", "full"].map(|instance| (instance, place.start(instance, &job)));
-    let rounds = FILES / 2 - 1;
+/// Kills the daemon's process that serves, and upgrades it, in turns: after every second of the files, while each guest in turn is
+/// in the middle of writing. Calls `each` after each time, with how often that was so before.
+fn replace_under(guests: &[(&str, Guest<'_>)], place: &Place, files: usize, each: impl Fn(usize)) {
+    let rounds = files / 2 - 1;
     for round in 0..rounds {
         let file = format!("cowdisk-guest: wrote /mnt/local/var/lib/cowdisk-guest/file-{} ", round * 2);
-        // Each of them in turn is in the middle of writing.
         guests[round % guests.len()].1.wait_for(&file);
-        if round % 2 == 0 { place.kill_worker() } else { place.upgrade() }
-    }
-    for (instance, guest) in guests {
-        let console = guest.wait_until_off();
-        assert_eq!(console.matches("cowdisk-guest: verified").count(), 2, "{instance}: {console}");
+        if round % 2 == 0 {
+            place.kill_worker()
+        } else {
+            place.upgrade()
+        }
+        each(round);
     }
     let keeper = place.status().keeper.expect("it is kept");
     let (kills, upgrades) = (rounds.div_ceil(2), rounds / 2);
     assert_eq!((keeper.restarts as usize, keeper.upgrades as usize), (kills, upgrades));
+}
+
+/// Fails unless both guests verified all that they had written, and the host finds it, too, after a remount.
+fn assert_nothing_noticed(place: &Place, guests: [(&str, Guest<'_>); 2], files: usize) {
+    for (instance, guest) in guests {
+        let console = guest.wait_until_off();
+        assert_eq!(console.matches("cowdisk-guest: verified").count(), 2, "{instance}: {console}");
+    }
     place.remount();
     for instance in ["overlay", "full"] {
         for disk in ["disk", "disk.local"] {
             assert_clean_ext4(&place.disk(instance, disk));
-            for number in 0..FILES {
+            for number in 0..files {
                 assert_holds(&place.disk(instance, disk), &format!("file-{number}"), MIB);
             }
         }
     }
     assert_same(&place.base_image(), &place.source_image());
+}
+
+#[test]
+fn guests_notice_nothing_when_the_daemon_is_killed_and_upgraded_under_them() {
+    let (place, files) = (Place::new(), 14);
+    place.create("overlay", &["--flavor", "ext4"]);
+    place.create("full", &["--flavor", "ext4", "--no-cow"]);
+    let guests = start_writers(&place, files, ["verify"; 2]);
+    replace_under(&guests, &place, files, |_| {});
+    assert_nothing_noticed(&place, guests, files);
+}
+
+/// The same, and libvirt's other changes of disks, while the kernel serves by itself all but the root disk of the first guest.
+#[test]
+fn guests_notice_nothing_of_all_that_while_the_kernel_serves_their_disks() {
+    let (place, files) = (Place::with_options("passthrough=auto"), 8);
+    place.create("full", &["--flavor", "ext4", "--no-cow"]);
+    for instance in ["overlay", "hot"] {
+        // A local disk over nothing is a plain file; one that a flavor has formatted is an overlay of that.
+        place.create(instance, &["--local-size", "1G"]);
+        tool("mkfs.ext4", &["-q", "-F", path(&place.disk(instance, "disk.local"))]);
+    }
+    let more = "wait=vdd,disks,use=vdc,use=vdd,write=gamma:4,leave=vdc,leave=vdd,gone=vdd,verify";
+    let guests = start_writers(&place, files, [more, "verify"]);
+    let overlay = &guests[0].1;
+    replace_under(&guests, &place, files, |round| {
+        // The next death, or upgrade, finds a disk that QEMU has opened anew, to read only.
+        if round == 1 {
+            commit_snapshot(overlay, "vdb");
+        }
+        // The next process opens at once what was open for writing.
+        place.wait_until("the kernel serves them", || {
+            place.served_by_kernel() == ["full/disk", "full/disk.local", "overlay/disk.local"]
+        });
+        if round == 0 {
+            take_snapshot(&place, overlay, "vdb");
+        }
+    });
+    resize(overlay, "vdb", "1536M");
+    hot_attach_and_detach(&place, overlay);
+    assert_nothing_noticed(&place, guests, files);
+    assert_holds(&place.disk("overlay", "disk.local"), "gamma", 4 * MIB);
+    for disk in ["disk", "disk.local"] {
+        assert_clean_ext4(&place.disk("hot", disk));
+        assert_holds(&place.disk("hot", disk), "gamma", 4 * MIB);
+    }
+}
+
+/// Has a running guest write to a file of QEMU's over one of its disks from now on.
+fn take_snapshot(place: &Place, guest: &Guest<'_>, disk: &str) {
+    let over = format!("{disk},snapshot=external,file={}", path(&place.beside("snapshot.qcow2")));
+    let output = virsh(&[
+        "snapshot-create-as",
+        &guest.domain,
+        "--no-metadata",
+        "--disk-only",
+        "--diskspec",
+        "vda,snapshot=no",
+        "--diskspec",
+        &over,
+    ]);
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+}
+
+/// Takes what it has written there to the disk, to which it writes again.
+fn commit_snapshot(guest: &Guest<'_>, disk: &str) {
+    let output = virsh(&["blockcommit", &guest.domain, disk, "--active", "--wait", "--pivot"]);
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
 }
 
 /// The host's filesystem fills up under a guest: QEMU stops it, others go on, and once there is room it goes on, too.

@@ -54,6 +54,8 @@ pub struct Place {
     prefix: String,
     /// Where `scripts/guest-image` has put root.raw, vmlinuz and initrd.
     source: PathBuf,
+    /// What it is mounted with.
+    options: &'static str,
     janitor: Option<Child>,
     janitor_says: File,
 }
@@ -61,7 +63,13 @@ pub struct Place {
 impl Place {
     /// A mounted store that holds the image and three flavors: `ext4` of 1 GiB, `xfs` of 1 GiB, and `swap` of 64 MiB.
     pub fn new() -> Self {
-        let place = Self::unfurnished();
+        Self::with_options("rw")
+    }
+
+    /// The same, each time mounted with these options.
+    pub fn with_options(options: &'static str) -> Self {
+        let mut place = Self::unfurnished();
+        place.options = options;
         place.furnish();
         place.mount();
         place
@@ -106,7 +114,8 @@ impl Place {
             .process_group(0)
             .spawn()
             .unwrap();
-        let place = Self { folder, run, prefix: unique, source, janitor: Some(janitor), janitor_says };
+        let place =
+            Self { folder, run, prefix: unique, source, options: "rw", janitor: Some(janitor), janitor_says };
         std::fs::create_dir(place.mountpoint()).unwrap();
         place
     }
@@ -134,7 +143,7 @@ impl Place {
     }
 
     pub fn mount(&self) {
-        self.mount_with("rw");
+        self.mount_with(self.options);
     }
 
     fn mount_with(&self, options: &str) {
@@ -151,7 +160,33 @@ impl Place {
 
     /// What the daemon tells of itself.
     pub fn status(&self) -> cowdisk::daemon::Status {
-        cowdisk::daemon::status(&self.opened_store()).unwrap().expect("mounted")
+        let end = Instant::now() + PATIENCE;
+        loop {
+            match cowdisk::daemon::status(&self.opened_store()) {
+                Ok(status) => return status.expect("mounted"),
+                // Between two processes there is nobody to answer.
+                Err(error) => assert!(Instant::now() < end, "{error}"),
+            }
+            std::thread::sleep(PAUSE);
+        }
+    }
+
+    /// Waits until something becomes true.
+    pub fn wait_until(&self, what: &str, condition: impl Fn() -> bool) {
+        let end = Instant::now() + PATIENCE;
+        while !condition() {
+            assert!(Instant::now() < end, "waited in vain: {what}; disks: {:?}", self.status().disks);
+            std::thread::sleep(PAUSE);
+        }
+    }
+
+    /// The disks in use that the kernel serves by itself, `INSTANCE/DISK`, in order.
+    pub fn served_by_kernel(&self) -> Vec<String> {
+        let disks = self.status().disks.into_iter().filter(|disk| disk.served_by == "kernel");
+        let prefix = self.name("");
+        let mut names: Vec<_> = disks.map(|disk| disk.name.replacen(&prefix, "", 1)).collect();
+        names.sort();
+        names
     }
 
     /// `kill -9` of the process that answers; the one that keeps the mount has another take over.
@@ -207,6 +242,11 @@ impl Place {
     /// A disk in the mount.
     pub fn disk(&self, instance: &str, disk: &str) -> PathBuf {
         self.mountpoint().join("instances").join(self.name(instance)).join(disk)
+    }
+
+    /// A file of another kind, where QEMU can reach it.
+    pub fn beside(&self, name: &str) -> PathBuf {
+        self.folder.join(name)
     }
 
     /// What was imported.

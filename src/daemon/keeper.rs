@@ -63,7 +63,8 @@ pub(super) fn keep(
     confine(Role::Keeper { mountpoint: &mountpoint });
     let road = transport.road(options.passthrough && may_pass);
     let connection = Connection::begin(device, road, options.threads(transport))?;
-    let passthrough = Offer::new(options.passthrough, may_pass, &connection);
+    let can_pass = connection.can_pass_through();
+    let passthrough = Offer::new(options.passthrough, may_pass, connection.road(), can_pass);
     passthrough.tell(options.passthrough);
     let ledger = Ledger::create()?;
     ledger.set_agreed(&connection.agreed())?;

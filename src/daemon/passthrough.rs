@@ -32,14 +32,15 @@ pub(super) enum Offer {
 }
 
 impl Offer {
-    /// What is offered on a connection to a user who has `wanted` it or not, and may or may not.
-    pub(super) fn new(wanted: bool, may: bool, connection: &Connection) -> Self {
-        let why_not = match (wanted, may, connection.can_pass_through()) {
+    /// What is offered to a user who has `wanted` it or not, and may or may not, where requests travel by `road` and the kernel
+    /// can or not.
+    pub(super) fn new(wanted: bool, may: bool, road: Road, can: bool) -> Self {
+        let why_not = match (wanted, may, can) {
             (true, true, true) => return Self::On,
             (false, ..) => "the mount was not made with the option passthrough=auto",
-            _ if connection.road() == Road::Rings => "the transport io_uring cannot",
+            _ if road == Road::Rings => "the transport io_uring cannot",
             (_, false, _) => "it takes CAP_SYS_ADMIN",
-            (.., false) => "this kernel cannot; Linux 6.9 and newer can",
+            (.., false) => "this kernel cannot; Linux 6.9 and newer can, built with CONFIG_FUSE_PASSTHROUGH",
         };
         Self::Off(why_not.to_owned())
     }
@@ -186,5 +187,25 @@ impl Passthrough for ByKeeper {
 
     fn end(&self, disk: &DiskKey) -> Result<()> {
         self.ask(disk, Wanted::End, None).map(drop)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_missing_is_named_and_nothing_where_it_is_not_wanted() {
+        let device = |passthrough| Road::Device { passthrough };
+        assert_eq!(Offer::new(true, true, device(true), true), Offer::On);
+        for (wanted, may, road, can, why_not) in [
+            (false, true, device(false), false, "the option passthrough=auto"),
+            (true, false, device(false), false, "CAP_SYS_ADMIN"),
+            (true, true, Road::Rings, false, "the transport io_uring"),
+            (true, true, device(false), false, "Linux 6.9"),
+        ] {
+            let offer = Offer::new(wanted, may, road, can);
+            assert!(offer.why_not().is_some_and(|why| why.contains(why_not)), "{offer:?}");
+        }
     }
 }

@@ -48,20 +48,45 @@ pub struct SmallHost {
 
 impl SmallHost {
     pub fn new(kind: Kind) -> Self {
-        let host = Self { kind, folder: tempfile::tempdir().unwrap() };
-        std::fs::create_dir(host.path()).unwrap();
-        let (mkfs, bytes) = kind.mkfs();
-        File::create(host.image()).unwrap().set_len(bytes).unwrap();
-        run(Command::new(mkfs[0]).args(&mkfs[1..]).arg(host.image()));
-        mount(&host.image(), &host.path(), kind);
+        let (_, bytes) = kind.mkfs();
+        let host = Self::of(kind, bytes);
         let spare = File::create(host.spare()).unwrap();
         let bytes = host.available() - LEFT_BYTES;
         rustix::fs::fallocate(spare, FallocateFlags::empty(), 0, bytes).unwrap();
         host
     }
 
+    /// One of `bytes`, which is empty.
+    fn of(kind: Kind, bytes: u64) -> Self {
+        let host = Self { kind, folder: tempfile::tempdir().unwrap() };
+        std::fs::create_dir(host.path()).unwrap();
+        let (mkfs, _) = kind.mkfs();
+        File::create(host.image()).unwrap().set_len(bytes).unwrap();
+        run(Command::new(mkfs[0]).args(&mkfs[1..]).arg(host.image()));
+        mount(&host.image(), &host.path(), kind);
+        host
+    }
+
+    /// One of 1 GiB, empty, whose disk has no cache of the host under it, as a real one.
+    pub fn on_direct_disk(kind: Kind) -> Self {
+        let host = Self::of(kind, 1 << 30);
+        let device = host.device();
+        run(Command::new("losetup").arg("--direct-io=on").arg(&device));
+        let mut list = Command::new("losetup");
+        list.args(["--noheadings", "--raw", "--output", "DIO"]).arg(&device);
+        let said = list.output().unwrap().stdout;
+        assert_eq!(said.trim_ascii(), b"1", "{} cannot bypass the cache under it", host.image().display());
+        host
+    }
+
     pub fn path(&self) -> PathBuf {
         self.folder.path().join("host")
+    }
+
+    fn device(&self) -> String {
+        let mut find = Command::new("findmnt");
+        find.args(["-n", "-o", "SOURCE", "--mountpoint"]).arg(self.path());
+        String::from_utf8(find.output().unwrap().stdout).unwrap().trim().to_owned()
     }
 
     fn image(&self) -> PathBuf {
@@ -102,10 +127,7 @@ impl SmallHost {
         }
         let (_, bytes) = self.kind.mkfs();
         File::options().write(true).open(self.image()).unwrap().set_len(2 * bytes).unwrap();
-        let mut find = Command::new("findmnt");
-        find.args(["-n", "-o", "SOURCE", "--mountpoint"]).arg(self.path());
-        let device = String::from_utf8(find.output().unwrap().stdout).unwrap();
-        run(Command::new("losetup").args(["--set-capacity", device.trim()]));
+        run(Command::new("losetup").args(["--set-capacity", &self.device()]));
         run(Command::new("xfs_growfs").arg(self.path()));
     }
 

@@ -6,9 +6,10 @@ use std::path::Path;
 use std::process::Command;
 
 use super::host::{Kind, SmallHost};
-use super::load::status;
+use super::load::{number, status};
 use super::mount::{MIB, errno, open, open_with, read_at};
-use super::{host_file, local, only_disk, requests, with_copy_below};
+use super::taking_over::replace_under_load;
+use super::{assert_bytes_pass_the_daemon_by, host_file, local, only_disk, requests, with_copy_below};
 
 /// A file system that is gone with the test.
 struct Mounted(tempfile::TempDir);
@@ -31,9 +32,31 @@ impl Drop for Mounted {
     }
 }
 
+/// As on ext4, on which all the other tests are where `/tmp` is.
+#[test]
+fn bytes_pass_the_daemon_by_on_xfs_too() {
+    let host = SmallHost::on_direct_disk(Kind::Xfs);
+    assert_bytes_pass_the_daemon_by(with_copy_below(&host.path(), "passthrough=auto"), Err(libc::EINVAL));
+    replace_under_load(&host.path(), number("COWDISK_REPLACEMENTS", 3));
+}
+
+#[test]
+fn bytes_pass_the_daemon_by_on_btrfs_too() {
+    let host = SmallHost::on_direct_disk(Kind::Btrfs);
+    // It takes what is not aligned through its cache, so that a hypervisor takes its blocks for larger than they are.
+    assert_bytes_pass_the_daemon_by(with_copy_below(&host.path(), "passthrough=auto"), Ok(1));
+    replace_under_load(&host.path(), number("COWDISK_REPLACEMENTS", 3));
+}
+
 #[test]
 fn what_was_synced_survives_a_power_cut() {
-    let host = SmallHost::new(Kind::Ext4);
+    for kind in [Kind::Ext4, Kind::Xfs, Kind::Btrfs] {
+        assert_survives_power_cut(kind);
+    }
+}
+
+fn assert_survives_power_cut(kind: Kind) {
+    let host = SmallHost::new(kind);
     let mount = with_copy_below(&host.path(), "passthrough=auto");
     let (disk, durable) = (open(&local(&mount)), open_with(&local(&mount), libc::O_DSYNC).unwrap());
     for number in 0..64u64 {

@@ -2,6 +2,7 @@
 
 use std::fs::File;
 use std::os::unix::fs::FileExt;
+use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
@@ -94,12 +95,20 @@ fn who_only_reads_keeps_a_disk_with_the_kernel_when_another_process_has_taken_ov
 /// the kernel.
 #[test]
 fn nobody_notices_that_processes_die_and_hand_over() {
-    let (changes, seed) = (number("COWDISK_REPLACEMENTS", 5), number("COWDISK_SEED", 1));
-    let mut mount = unmounted(&std::env::temp_dir(), "passthrough=auto").copied();
+    replace_under_load(&std::env::temp_dir(), number("COWDISK_REPLACEMENTS", 5));
+}
+
+/// Kills the process that serves a store below `parent`, and every third time upgrades it, so many times in all, while disks that
+/// the kernel serves are written and verified.
+pub fn replace_under_load(parent: &Path, changes: u64) {
+    let seed = number("COWDISK_SEED", 1);
+    let mut mount = unmounted(parent, "passthrough=auto").copied();
     mount.mount().unwrap();
     let done = AtomicBool::new(false);
     let (runs, opens) = std::thread::scope(|scope| {
         let (mount, done) = (&mount, &done);
+        // Who fails here does not wait for the others for ever.
+        let ends = Ends(done);
         let verifier = scope.spawn(move || verify_by_fio(&root(mount), "libaio", seed, done));
         let openers = [1, 2].map(|part| scope.spawn(move || open_write_and_close(mount, part * MIB, done)));
         for change in 0..changes {
@@ -119,7 +128,7 @@ fn nobody_notices_that_processes_die_and_hand_over() {
             }
         }
         std::thread::sleep(Duration::from_millis(200));
-        done.store(true, Ordering::Relaxed);
+        drop(ends);
         (verifier.join().unwrap(), openers.map(|opener| opener.join().unwrap()))
     });
     eprintln!("{runs} runs of fio, opened {opens:?} times");
@@ -130,6 +139,15 @@ fn nobody_notices_that_processes_die_and_hand_over() {
     let disk = open(&local(&mount));
     assert_eq!(only_disk(&mount).served_by, "kernel");
     disk.sync_all().unwrap();
+}
+
+/// Has all others end when it is dropped, even by a panic.
+struct Ends<'a>(&'a AtomicBool);
+
+impl Drop for Ends<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Relaxed);
+    }
 }
 
 /// How often another process has taken over.

@@ -196,6 +196,8 @@ fn without_the_keeper_a_disk_can_be_closed_and_opened_again() {
     drop((disk, other));
     daemon::unmount(&mount.mountpoint()).unwrap();
     mount.mount().unwrap();
+    // The kernel may let go of its file a moment after the mount is gone.
+    mount.wait_until("free", || open_with(&root(&mount), 0).is_ok());
     assert_eq!(read_at(&open(&root(&mount)), MIB, 5), *b"again");
     assert_eq!(read_at(&open(&local(&mount)), MIB, 5), *b"other");
 }

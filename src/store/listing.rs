@@ -109,7 +109,8 @@ impl Store {
         self.status_at(&self.instance_dir(name)?, name)
     }
 
-    fn status_if_present(&self, name: &ObjectName) -> Result<Option<InstanceStatus>> {
+    /// [`Store::instance_status`]; `None` if the instance was removed, though not if a file of it is missing.
+    pub(super) fn status_if_present(&self, name: &ObjectName) -> Result<Option<InstanceStatus>> {
         let folder = match self.instance_dir(name) {
             Err(error) if error.kind() == ErrorKind::NotFound => return Ok(None),
             other => other?,

@@ -6,6 +6,7 @@ use rayon::prelude::*;
 
 use super::Store;
 use super::dir::{DEPTH_MAX, Dir};
+use super::listing::InstanceStatus;
 use super::names::ObjectName;
 use super::space::SpaceNow;
 use crate::error::{ErrorKind, Result};
@@ -66,7 +67,7 @@ impl Store {
     /// Those of the host. An instance that is damaged is listed and passed over.
     pub fn usage(&self) -> Result<Usage> {
         let names = self.instance_names()?;
-        let shares: Vec<(ObjectName, Result<Share>)> = names
+        let shares: Vec<(ObjectName, Result<Option<Share>>)> = names
             .into_par_iter()
             .map(|name| {
                 let share = self.share(&name);
@@ -90,9 +91,9 @@ impl Store {
         let mut overlays_of = BTreeMap::<BaseId, u64>::new();
         for (name, share) in shares {
             match share {
-                Ok(share) => usage.add(&share, &mut overlays_of),
+                Ok(Some(share)) => usage.add(&share, &mut overlays_of),
                 // Removed since the names were read.
-                Err(error) if error.kind() == ErrorKind::NotFound => {}
+                Ok(None) => {}
                 Err(error) => {
                     log::warn!("instance {name} is not counted: {error}");
                     usage.unreadable.push(name);
@@ -103,19 +104,18 @@ impl Store {
         Ok(usage)
     }
 
-    fn share(&self, name: &ObjectName) -> Result<Share> {
-        let folder = self.instance_dir(name)?;
-        let instance = self.instance(name)?;
+    /// `None` if the instance is gone.
+    fn share(&self, name: &ObjectName) -> Result<Option<Share>> {
+        let Some(InstanceStatus { instance, disks }) = self.status_if_present(name)? else { return Ok(None) };
         let mut share = Share { overlaid: instance.overlaid_bases(), ..Share::default() };
-        for (disk, _) in instance.disks() {
-            let status = self.disk_status_in(&folder, name, disk)?;
+        for status in disks {
             share.disks += 1;
             share.promised += status.size;
             let kind = if status.cow { &mut share.overlays } else { &mut share.independent };
             *kind += status.data_allocated;
             share.maps += status.map_allocated;
         }
-        Ok(share)
+        Ok(Some(share))
     }
 
     fn add_bases(&self, usage: &mut Usage, overlays_of: &BTreeMap<BaseId, u64>) -> Result<()> {

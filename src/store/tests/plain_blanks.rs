@@ -92,6 +92,21 @@ fn a_plain_local_disk_that_is_open_is_neither_opened_again_nor_removed() {
     t.store.remove_instance(&name("web-3")).unwrap();
 }
 
+/// It was taken for one that had been removed meanwhile, and left out without a word.
+#[test]
+fn an_instance_of_which_a_disk_is_missing_is_told_of_where_space_is_counted() {
+    let t = store_with_image();
+    for file in ["disk.local.raw", "disk.data"] {
+        let path = t.path("instances/web-3").join(file);
+        let aside = t.path("instances/web-3/aside");
+        rustix::fs::rename(&path, &aside).unwrap();
+        let usage = t.store.usage().unwrap();
+        assert_eq!((usage.instances, usage.unreadable), (0, vec![name("web-3")]), "{file}");
+        rustix::fs::rename(&aside, &path).unwrap();
+    }
+    assert_eq!(t.store.usage().unwrap().instances, 1);
+}
+
 #[test]
 fn many_instances_with_plain_local_disks_are_made_together() {
     let t = store_with_image();

@@ -33,6 +33,9 @@ pub struct DurableMap<S> {
     superblock_durable: bool,
     /// Bytes of the journal that hold records since the last checkpoint.
     journal_used: u64,
+    /// Records that a program which knows of no contents would take for damage lie before this byte of the journal, if there are
+    /// any, be they in use or not.
+    journal_marked: u64,
     /// The number that the next record gets.
     next_sequence: u64,
     /// The number of the first record whose contents may not be in the data file, or of a later record without contents.
@@ -125,8 +128,11 @@ impl<S: Storage> DurableMap<S> {
         if let Some(fault) = scan.faults.into_iter().next() {
             return Err(fault.into_error());
         }
+        // One whose superblock a crash has lost may have left a record.
+        let knew_none = superblock.contents_since.is_none() && scan.contents_since == 0;
         let map = Self {
             storage,
+            journal_marked: if knew_none { 0 } else { superblock.journal_bytes },
             superblock,
             superblock_copy,
             // Whoever opens the layer for service has synced it before.
@@ -227,10 +233,15 @@ impl<S: Storage> DurableMap<S> {
         Ok(())
     }
 
-    /// Marks the layer as closed cleanly. All contents in the journal are durable in the data file.
+    /// Marks the layer as closed cleanly. All contents in the journal are durable in the data file. If it is empty, programs
+    /// that know of no contents can read the layer then: what it had is wiped out.
     pub fn end_session(&mut self) -> Result<()> {
-        let contents_since =
-            if self.has_journaled_changes() { NonZeroU64::new(self.next_sequence) } else { None };
+        let contents_since = if self.has_journaled_changes() {
+            NonZeroU64::new(self.next_sequence)
+        } else {
+            self.wipe_journal()?;
+            None
+        };
         let next = Superblock {
             session: SessionId::NONE,
             boot: BootId::NONE,
@@ -239,6 +250,17 @@ impl<S: Storage> DurableMap<S> {
         };
         self.write_superblock(next)?;
         (self.contents_since, self.has_contents) = (self.next_sequence, false);
+        Ok(())
+    }
+
+    /// Overwrites the records of an empty journal that say of contents.
+    fn wipe_journal(&mut self) -> Result<()> {
+        if self.journal_marked > 0 {
+            let zeroes = vec![0; usize::try_from(self.journal_marked).expect("at most 1 MiB")];
+            // The superblock of the checkpoint is durable. A crash leaves some of them, and the session.
+            self.storage.write_durable_at(JOURNAL_OFFSET, &zeroes).context(|| "journal")?;
+            self.journal_marked = 0;
+        }
         Ok(())
     }
 
@@ -338,6 +360,9 @@ impl<S: Storage> DurableMap<S> {
         }
         self.stale.extend(pages_of(&record.changes));
         self.journal_used += bytes.len() as u64;
+        if record.contents_since > 0 {
+            self.journal_marked = self.journal_marked.max(self.journal_used);
+        }
         self.next_sequence += 1;
         if is_first {
             // The copies become equal again, so that damage to either loses nothing. When does not matter: the other one

@@ -1,6 +1,6 @@
 //! Commits of a few new blocks, whose records have their contents, and what they must never bring back.
 
-use cowdisk::format::{SUPERBLOCK_BYTES, Superblock};
+use cowdisk::format::{JOURNAL_OFFSET, SUPERBLOCK_BYTES, Superblock};
 use cowdisk::overlay::{BaseImage, Overlay, read_superblock};
 use cowdisk::units::Geometry;
 
@@ -118,6 +118,9 @@ fn a_few_new_blocks_are_committed_without_a_sync_of_the_data() {
         put(&overlay, 7, 3);
         overlay.close().expect("close");
         assert_eq!(host.superblock().contents_since, None, "a program that knows of no contents can read it");
+        let mut journal = vec![0; host.superblock().journal_bytes as usize];
+        files(&host.log).map.read_at(JOURNAL_OFFSET, &mut journal).expect("read");
+        assert!(journal.iter().all(|&byte| byte == 0), "and finds no record that it takes for damage");
     }
 }
 
@@ -142,6 +145,37 @@ fn a_flushed_overwrite_of_what_the_journal_has_is_not_undone() {
             assert_eq!([3, 4].map(|block| byte(&overlay, block)), [2, 3], "{choice:?}, {placed}, {alone}");
         }
     }
+}
+
+/// Programs that know of no contents took what earlier sessions had left in the journal for damage.
+#[test]
+fn a_closed_layer_has_no_records_with_contents_left_whatever_its_sessions_came_to() {
+    let (host, overlay) = Host::new();
+    let journal_is_empty = |host: &Host| {
+        assert_eq!(host.superblock().contents_since, None);
+        let mut journal = vec![0; host.superblock().journal_bytes as usize];
+        files(&host.log).map.read_at(JOURNAL_OFFSET, &mut journal).expect("read");
+        journal.iter().all(|&byte| byte == 0)
+    };
+    (0..20).for_each(|block| put_and_flush(&overlay, block, 1));
+    overlay.checkpoint().expect("checkpoint");
+    overlay.close().expect("close");
+    assert!(journal_is_empty(&host), "after a close");
+    // Cut off right after a checkpoint: the next opening ends the session.
+    let overlay = host.open();
+    (20..30).for_each(|block| put_and_flush(&overlay, block, 2));
+    overlay.checkpoint().expect("checkpoint");
+    let (host, overlay) = host.cut(overlay, &Choice::Lost);
+    assert!(journal_is_empty(&host), "after an opening that had nothing to put back");
+    assert_eq!([0, 19, 20, 29, 30].map(|block| byte(&overlay, block)), [1, 1, 2, 2, 0]);
+    overlay.close().expect("close");
+    // Cut off with records, closed by a later session that made none.
+    let overlay = host.open();
+    (30..40).for_each(|block| put_and_flush(&overlay, block, 3));
+    let (host, overlay) = host.cut(overlay, &Choice::Lost);
+    put(&overlay, 40, 4);
+    overlay.close().expect("close");
+    assert!(journal_is_empty(&host), "after the close that follows a crash");
 }
 
 /// Such a flush had no room in the journal for its word that contents do not count any more, and wrote it behind the

@@ -232,11 +232,12 @@ fn a_full_disk_fails_the_write_that_did_not_fit_and_nothing_else() {
     assert_eq!(found, [8; 4096]);
 }
 
-/// Storage whose reads fail while a switch is on.
-#[derive(Debug)]
+/// Storage whose reads fail while a switch is on, or that has lost what waited in its cache.
+#[derive(Debug, Default)]
 struct Unreadable {
     inner: MemStorage,
     fails: Arc<AtomicBool>,
+    has_lost: Arc<AtomicBool>,
 }
 
 impl Storage for Unreadable {
@@ -258,8 +259,14 @@ impl Storage for Unreadable {
     fn write_durable_at(&self, offset: u64, buf: &[u8]) -> Result<()> {
         self.inner.write_durable_at(offset, buf)
     }
+    fn check_written(&self) -> Result<()> {
+        match self.has_lost.load(Ordering::Relaxed) {
+            true => Err(Error::io("write back (simulated)", std::io::Error::from_raw_os_error(EIO))),
+            false => Ok(()),
+        }
+    }
     fn sync(&self) -> Result<()> {
-        self.inner.sync()
+        self.check_written()
     }
     fn drop_cache(&self) -> Result<()> {
         self.inner.drop_cache()
@@ -285,7 +292,7 @@ impl Storage for Unreadable {
 fn a_read_error_of_base_or_data_fails_its_request_and_nothing_else() {
     let storage = || {
         let fails = Arc::new(AtomicBool::new(false));
-        (Unreadable { inner: MemStorage::new(), fails: fails.clone() }, fails)
+        (Unreadable { fails: fails.clone(), ..Unreadable::default() }, fails)
     };
     let ((base, base_fails), (data, data_fails)) = (storage(), storage());
     base.write_at(0, &[0xb5; 65536]).expect("write memory");
@@ -321,4 +328,27 @@ fn a_read_error_of_base_or_data_fails_its_request_and_nothing_else() {
     assert_eq!(found, [2, 1, 0xb5, 4]);
     overlay.write_at(in_base, &[3; 512]).expect("and written to");
     overlay.close().expect("close");
+}
+
+/// Its contents, read back for the journal, may be those of before the write.
+#[test]
+fn a_flush_of_a_new_block_fails_where_the_host_could_not_write_it_back() {
+    let has_lost = Arc::new(AtomicBool::new(false));
+    let data = Unreadable { has_lost: has_lost.clone(), ..Unreadable::default() };
+    let files = LayerFiles { data: Box::new(data), map: Box::new(MemStorage::new()) };
+    let geometry = Geometry::new(65536, 4096, 0).expect("valid");
+    Overlay::create(&files, LayerId([4; 16]), geometry, BaseImage::blank().reference()).expect("create");
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    let live = folder.path().join("live");
+    let overlay = Overlay::open("test", files, BaseImage::blank(), &live).expect("open");
+    overlay.write_at(0, &[1; 4096]).and_then(|()| overlay.flush()).expect("write and flush");
+    assert_eq!(overlay.commit_counts().records_with_contents, 1);
+
+    overlay.write_at(8192, &[2; 4096]).expect("write");
+    has_lost.store(true, Ordering::Relaxed);
+    assert_eq!(overlay.flush().expect_err("it is not on the disk").kind(), ErrorKind::Io);
+    assert!(overlay.is_latched());
+    has_lost.store(false, Ordering::Relaxed);
+    overlay.flush().expect_err("a second flush would prove nothing");
+    overlay.write_at(0, &[3; 512]).expect_err("writes are refused");
 }

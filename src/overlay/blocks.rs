@@ -54,6 +54,9 @@ impl Blocks {
 
     /// The contents of all blocks that become `Data` by `changes`, as they are now; `None` if `takes` does not take so many
     /// bytes. What is being written to them meanwhile is there in part: nobody was answered that it is.
+    ///
+    /// # Errors
+    /// Those of the host: if it has lost any of what was written to the data file, the storage is latched.
     pub fn contents_of(
         &self,
         changes: &[Change],
@@ -70,6 +73,8 @@ impl Blocks {
             (part, rest) = rest.split_at_mut(to_usize(span.len() * self.block_bytes()));
             self.data.read_exact_at(span.start * self.block_bytes(), part)?;
         }
+        // After the reads. What could not be written may have left the cache, and then they have shown what was there before.
+        self.data.check_written()?;
         Ok(Some(contents))
     }
 

@@ -3,7 +3,8 @@
 //! 1. Take the runs of blocks that changed since the last commit, and read their states from the live map. Whatever
 //!    they say is `Data` was written before it said so.
 //! 2. If they are few, and nothing else was written: append one record to the journal that has their contents, too, by one
-//!    durable write. The data file is synced some later time.
+//!    durable write. The data file is synced some later time. What was read back counts only if the host has lost nothing of it
+//!    meanwhile; if it has, the commit fails as if a sync had.
 //! 3. Otherwise sync the data file.
 //! 4. If there was any run: append one record to the journal by one durable write. If there was none, but records have
 //!    contents: append one that says that these do not count any more. If the journal has no room for it: write the pages, sync

@@ -13,7 +13,7 @@ use super::aio;
 use super::cached::{CachedReads, Found, is_in_memory, is_on_local_disk};
 use super::gate::Gate;
 use super::host::{Host, RealHost};
-use super::{DirectFile, Storage, Way, ends_early, extents};
+use super::{DirectFile, Storage, Way, ends_early, extents, lost_writes};
 use crate::error::{Context, Error, Result};
 use crate::units::{SECTOR_BYTES, SECTOR_LEN};
 
@@ -231,6 +231,10 @@ impl Storage for FileStorage {
     fn start_writing(&self) {
         // What is dirty is given to the disk, and nobody waits for it; what is clean is forgotten.
         let _ = rustix::fs::fadvise(&self.file, 0, None, rustix::fs::Advice::DontNeed);
+    }
+
+    fn check_written(&self) -> Result<()> {
+        lost_writes::check(self.as_fd()).context(|| format!("write what waits to {}", self.name))
     }
 
     fn sync(&self) -> Result<()> {

@@ -126,6 +126,11 @@ impl Storage for LatchedStorage {
         self.inner.start_writing();
     }
 
+    fn check_written(&self) -> Result<()> {
+        self.latch.check()?;
+        self.closing(self.inner.check_written())
+    }
+
     fn sync(&self) -> Result<()> {
         self.latch.check()?;
         self.closing(self.inner.sync())

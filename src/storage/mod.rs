@@ -13,6 +13,7 @@ pub mod gate;
 mod host;
 mod io_priority;
 mod latch;
+mod lost_writes;
 mod mem;
 mod room;
 
@@ -124,6 +125,15 @@ pub trait Storage: Send + Sync + Debug {
     /// Has the host begin to write to its disk what waits in its cache, so that a sync which follows soon waits less. Promises
     /// nothing and fails in nothing.
     fn start_writing(&self) {}
+
+    /// Learns without a sync whether the host has failed to write what waited in its cache: since then a read may show what was
+    /// there before.
+    ///
+    /// # Errors
+    /// What the next sync would have failed with; it counts as one that failed.
+    fn check_written(&self) -> Result<()> {
+        Ok(())
+    }
 
     /// Makes everything that was completed before the call survive a crash. After an error the state of what was not
     /// yet durable is unknown, and a second call that succeeds proves nothing: see [`LatchedStorage`].

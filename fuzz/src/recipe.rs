@@ -22,6 +22,9 @@ pub const LAYER: LayerId = LayerId(*b"a layer of fuzz!");
 pub const SESSION: SessionId = SessionId(*b"session of fuzz!");
 const BASE: BaseId = BaseId(*b"the content of a base under fuzz");
 
+/// What a record has of a block, in each byte.
+pub const JOURNALED: u8 = 0x77;
+
 /// Memory that outlives an overlay over it.
 #[derive(Clone, Debug, Default)]
 pub struct Shared(Arc<MemStorage>);
@@ -61,6 +64,8 @@ pub struct Recipe {
     pub honest: bool,
     /// What gave blocks their states, in order.
     changes: Vec<Change>,
+    /// Blocks of which a record has the contents.
+    journaled: Vec<BlockSpan>,
     data: Shared,
     map: Shared,
     base: Shared,
@@ -91,8 +96,16 @@ impl Recipe {
             _ => (SESSION, BootId(*b"an earlier boot!")),
         });
         let (data, map, storage) = (Shared::default(), Shared::default(), Shared::default());
-        let mut recipe =
-            Self { geometry, superblock, honest: true, changes: Vec::new(), data, map, base: storage };
+        let mut recipe = Self {
+            geometry,
+            superblock,
+            honest: true,
+            changes: Vec::new(),
+            journaled: Vec::new(),
+            data,
+            map,
+            base: storage,
+        };
         recipe.write_pages(input);
         recipe.write_journal(input);
         recipe.write_superblocks(input);
@@ -126,6 +139,11 @@ impl Recipe {
         let last =
             self.changes.iter().rev().find(|change| (change.span.start..change.span.end).contains(&block));
         last.map_or(BlockState::Base, |change| change.state)
+    }
+
+    /// Whether a record has contents of `block`, all bytes [`JOURNALED`].
+    pub fn is_journaled(&self, block: u64) -> bool {
+        self.journaled.iter().any(|span| (span.start..span.end).contains(&block))
     }
 
     /// Blocks at which something begins or ends.
@@ -222,12 +240,12 @@ impl Recipe {
                 self.honest = false;
                 sequence = sequence.wrapping_add(u64::from(off & 0xf)).wrapping_sub(7);
             }
-            // Contents that the data file has not: what it shows then is not looked at.
+            // Other contents than the data file has; which of the two is there then depends.
             let blocks: u64 = data_blocks(&changes).map(BlockSpan::len).sum();
             let with_contents = off & 0xf0 == 0xe0 && blocks <= 4;
             self.honest &= !with_contents;
             let bytes = if with_contents { blocks * u64::from(self.geometry.block_bytes()) } else { 0 };
-            let contents = vec![0x77; usize::try_from(bytes).expect("small")];
+            let contents = vec![JOURNALED; usize::try_from(bytes).expect("small")];
             let contents_since = sequence.saturating_sub(u64::from(off & 3));
             let record = JournalRecord { sequence, contents_since, changes, contents };
             let bytes = record.encode(LAYER);
@@ -235,6 +253,9 @@ impl Recipe {
                 break;
             }
             self.map.write_at(JOURNAL_OFFSET + at, &bytes).expect("memory");
+            if with_contents {
+                self.journaled.extend(data_blocks(&record.changes));
+            }
             self.changes.extend(record.changes);
             at += bytes.len() as u64;
             sequence = sequence.wrapping_add(1);

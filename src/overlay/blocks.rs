@@ -179,7 +179,9 @@ impl Blocks {
         let (offset, len) = (span.start * self.block_bytes(), span.len() * self.block_bytes());
         let _taken = self.room.take_for(&self.data, offset, len)?;
         self.map.prepare(span, Some(&self.room))?;
-        self.data.allocate(offset, len)
+        let reserved = self.data.allocate(offset, len);
+        self.note_unsynced();
+        reserved
     }
 
     /// Makes `block`, in state `state` and not `Data`, hold `piece` at byte `within`, and around it what it showed.

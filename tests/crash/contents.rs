@@ -197,6 +197,15 @@ fn a_flushed_overwrite_is_not_undone_where_the_journal_is_full() {
 }
 
 #[test]
+fn a_flush_after_a_reservation_of_space_makes_it_durable() {
+    let (host, overlay) = Host::new();
+    overlay.preallocate(0, 8 * BLOCK as u64).expect("preallocate");
+    let syncs = host.data_syncs();
+    put_and_flush(&overlay, 3, 1);
+    assert_eq!(host.data_syncs(), syncs + 1);
+}
+
+#[test]
 fn a_block_that_was_discarded_and_written_with_many_others_is_not_undone() {
     for choice in all_choices() {
         let (host, overlay) = Host::new();

@@ -20,7 +20,7 @@ use std::time::Duration;
 use cowdisk::ErrorKind;
 use cowdisk::daemon;
 use cowdisk::store::DiskName;
-use load::{kept, kill_worker, number, status, under_load, while_nobody_serves};
+use load::{kept, kill_worker, number, read_cold, status, under_load, while_nobody_serves};
 use mount::{Aligned, MIB, TestMount, errno, image_bytes, kill_and_wait, name, open, open_with, read_at};
 use power_cut::random::Random;
 
@@ -245,6 +245,59 @@ fn a_request_that_each_process_dies_of_is_answered_with_an_error_in_the_end() {
     assert!(status(&mount).keeper.unwrap().restarts >= 5);
     assert!(mount.log().contains("refused, as processes died while it was under way"));
     drop((file, other));
+    mount.unmount().unwrap();
+}
+
+/// What the log says of how reads of a base wait that is not in memory.
+const BY_IO_URING: &str = "reads of bases that are not in memory go by io_uring";
+const BY_THREADS: &str = "threads wait for reads of bases that are not in memory";
+
+#[test]
+fn reads_of_what_the_host_has_not_in_memory_survive_a_kill() {
+    let mut mount = kept("");
+    assert!(
+        mount.log().contains(BY_IO_URING),
+        "this needs Linux 6.1 and kernel.io_uring_disabled=0: {}",
+        mount.log()
+    );
+    let done = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        let reads = scope.spawn(|| read_cold(&mount, 1, &done));
+        for kill in 1..=3 {
+            // A life of a second costs no wait after its end.
+            std::thread::sleep(Duration::from_millis(1050));
+            kill_worker(&mount);
+            assert_eq!(status(&mount).keeper.unwrap().restarts, kill);
+        }
+        done.store(true, Ordering::Relaxed);
+        assert!(reads.join().unwrap() > 100);
+    });
+    mount.unmount().unwrap();
+    load::assert_only_deaths_in(&mount.log(), 3);
+}
+
+/// Refuses io_uring to this thread and to whatever it starts, as many containers do.
+fn refuse_io_uring() {
+    use seccompiler::{BpfProgram, SeccompAction, SeccompFilter};
+    let refused = [(libc::SYS_io_uring_setup, Vec::new())].into();
+    let errno = SeccompAction::Errno(libc::EPERM as u32);
+    let architecture = std::env::consts::ARCH.try_into().unwrap();
+    let filter = SeccompFilter::new(refused, SeccompAction::Allow, errno, architecture).unwrap();
+    seccompiler::apply_filter(&BpfProgram::try_from(filter).unwrap()).unwrap();
+}
+
+#[test]
+fn where_io_uring_is_refused_threads_wait_for_what_the_host_has_not_in_memory() {
+    refuse_io_uring();
+    let mut mount = kept("");
+    assert!(mount.log().contains(BY_THREADS), "{}", mount.log());
+    let done = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        let reads = scope.spawn(|| read_cold(&mount, 2, &done));
+        std::thread::sleep(Duration::from_millis(300));
+        done.store(true, Ordering::Relaxed);
+        assert!(reads.join().unwrap() > 0);
+    });
     mount.unmount().unwrap();
 }
 

@@ -25,7 +25,7 @@ const LAYERS: [&str; 14] = [
 /// Crates and the folders, or files, that may name them.
 const HOMES: [(&str, &[&str]); 15] = [
     ("fuser", &["transport"]),
-    ("io_uring", &["transport/dev_fuse/uring"]),
+    ("io_uring", &["transport/dev_fuse/uring", "transport/dev_fuse/cold.rs"]),
     ("httparse", &["daemon/http.rs"]),
     ("clap", &["cli"]),
     ("clap_complete", &["cli"]),

@@ -22,12 +22,13 @@ use std::fs::{File, Permissions};
 use std::io::{Read, Seek, SeekFrom};
 use std::os::unix::fs::{FileExt, MetadataExt, PermissionsExt};
 use std::process::Command;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use cowdisk::daemon::{self, Upgraded};
 use cowdisk::{ErrorKind, Result};
 use host::{Kind, SmallHost};
-use load::{kept, kill_worker, number, status, under_load};
+use load::{kept, kill_worker, number, read_cold, status, under_load};
 use mount::{Aligned, MIB, TestMount, image_bytes, open, open_with, read_at};
 use power_cut::random::Random;
 use rustix::process::Signal;
@@ -158,6 +159,28 @@ fn open_files_stay_open_when_the_installed_program_takes_over() {
     drop((file, direct, image));
     mount.unmount().unwrap();
     load::assert_only_deaths_in(&mount.log(), deaths);
+}
+
+#[test]
+fn reads_of_what_the_host_has_not_in_memory_survive_an_upgrade() {
+    let mut mount = copied("");
+    let done = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        let reads = scope.spawn(|| read_cold(&mount, 1, &done));
+        let mut put_off = 0;
+        for upgrades in 1..=3 {
+            while let Err(error) = upgrade(&mount) {
+                assert_eq!(error.kind(), ErrorKind::Busy, "{error}");
+                put_off += 1;
+                assert!(put_off <= PUT_OFF_MAX, "{error}");
+            }
+            assert_eq!(status(&mount).keeper.unwrap().upgrades, upgrades);
+            std::thread::sleep(Duration::from_millis(200));
+        }
+        done.store(true, Ordering::Relaxed);
+        assert!(reads.join().unwrap() > 100);
+    });
+    mount.unmount().unwrap();
 }
 
 #[test]

@@ -8,8 +8,8 @@ use rustix::process::{Resource, getrlimit};
 use super::Line;
 use super::tools::find_program;
 use crate::daemon::may_mount;
-use crate::transport::Transport;
 use crate::transport::mount::check_device;
+use crate::transport::{Transport, require_cold_reads};
 
 /// The first kernel that sends requests again after a kill (FUSE_NOTIFY_RESEND).
 const RESENDS: (u32, u32) = (6, 9);
@@ -34,7 +34,7 @@ pub(super) fn look() -> Vec<Line> {
     if !root {
         lines.push(fuse_conf());
     }
-    lines.extend([passthrough(version, mounts_itself), uring(), open_files(), locked_memory()]);
+    lines.extend([passthrough(version, mounts_itself), uring(), cold_reads(), open_files(), locked_memory()]);
     lines
 }
 
@@ -131,6 +131,16 @@ fn uring() -> Line {
         Err(error) => format!("-o transport=io_uring is refused: {error}"),
     };
     Line::ok("io_uring", message)
+}
+
+fn cold_reads() -> Line {
+    let message = match require_cold_reads() {
+        Ok(()) => {
+            "small reads of bases that are not in memory go by io_uring: no thread waits for them".to_owned()
+        }
+        Err(error) => format!("threads wait for reads of bases that are not in memory: {error}"),
+    };
+    Line::ok("cold reads", message)
 }
 
 fn open_files() -> Line {

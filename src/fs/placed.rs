@@ -1,4 +1,4 @@
-//! Direct requests that are one request to the host's disk, and that no thread has to wait for.
+//! Requests that are one request to the host's disk, and that no thread has to wait for.
 
 use std::os::fd::BorrowedFd;
 use std::sync::Arc;
@@ -14,12 +14,13 @@ use crate::storage::aio::Transfer;
 use crate::store::Place;
 use crate::units::SECTOR_BYTES;
 
-/// A direct request of which all bytes lie, one after the other, in one file of the host. It goes back by
-/// [`Fs::landed`] or [`Fs::let_go`]. A write has passed the gate of that file.
+/// A request of which all bytes lie, one after the other, in one file of the host: a direct one in that of a disk's own data,
+/// or a read in that of its base. It goes back by [`Fs::landed`] or [`Fs::let_go`]. A write has passed the gate of that file.
 #[derive(Debug)]
 pub struct Placed {
     /// There until it goes back.
     disk: Option<Arc<OpenDisk>>,
+    source: Source,
     transfer: Transfer,
     len: u64,
     /// With the room that a write has taken.
@@ -28,16 +29,29 @@ pub struct Placed {
     is_put: AtomicBool,
 }
 
+/// Whose bytes.
+#[derive(Clone, Copy, Debug)]
+enum Source {
+    /// The disk's own: the file is opened with O_DIRECT.
+    Own,
+    /// Those of its base: the file is read through the host's cache.
+    Base,
+}
+
 impl Placed {
-    /// The file, opened with O_DIRECT, for whoever puts the request to the kernel now.
+    /// The file, for whoever puts the request to the kernel now.
     pub fn file(&self) -> BorrowedFd<'_> {
         self.is_put.store(true, Ordering::Relaxed);
-        self.direct_file().file
+        let disk = self.disk.as_ref().expect("there until it goes back").disk();
+        let file = match self.source {
+            Source::Own => disk.direct_file().map(|DirectFile { file, .. }| file),
+            Source::Base => disk.base_file(),
+        };
+        file.expect("placed only where there is one, and it stays")
     }
 
-    fn direct_file(&self) -> DirectFile<'_> {
-        let disk = self.disk.as_ref().expect("there until it goes back");
-        disk.disk().direct_file().expect("placed only where there is one, and it stays")
+    fn in_disk(disk: &Arc<OpenDisk>, source: Source, transfer: Transfer, len: u64, place: Place) -> Self {
+        Self { disk: Some(Arc::clone(disk)), source, transfer, len, place, is_put: AtomicBool::new(false) }
     }
 
     /// Takes the disk away, which others may write to through the cache again.
@@ -85,7 +99,16 @@ impl Fs {
         if transfer == Transfer::Write && !direct.gate.enter() {
             return None;
         }
-        Some(Placed { disk: Some(Arc::clone(disk)), transfer, len, place, is_put: AtomicBool::new(false) })
+        Some(Placed::in_disk(disk, Source::Own, transfer, len, place))
+    }
+
+    /// Where a read goes, direct or not, if all of it lies in the base of an overlay. It then needs no alignment. A write of
+    /// the same blocks while it is under way comes after it.
+    pub fn place_in_base(&self, handle: HandleId, offset: u64, len: u64) -> Option<Placed> {
+        let file = self.handles.get(handle).ok()?;
+        let OpenFile::Disk(disk) = &*file else { return None };
+        let place = disk.disk().place_in_base(offset, len)?;
+        Some(Placed::in_disk(disk, Source::Base, Transfer::Read, len, place))
     }
 
     /// All of the request is done, and is to be answered.

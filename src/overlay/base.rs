@@ -1,5 +1,7 @@
 //! The base under an overlay: read-only, zeroes past its end.
 
+use std::os::fd::BorrowedFd;
+
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::format::{BaseId, BaseRef};
 use crate::storage::Storage;
@@ -74,6 +76,11 @@ impl BaseImage {
             }
             _ => Ok(true),
         }
+    }
+
+    /// See [`Storage::cached_file`].
+    pub fn cached_file(&self) -> Option<BorrowedFd<'_>> {
+        self.storage.as_ref()?.cached_file()
     }
 
     /// The first byte at or after `offset` that may not be zero, or `None`.

@@ -93,6 +93,11 @@ impl Blocks {
         &self.data
     }
 
+    /// The base.
+    pub fn base(&self) -> &BaseImage {
+        &self.base
+    }
+
     /// Gives up the parts but the map.
     pub fn into_map(self) -> AllocMap {
         self.map

@@ -19,6 +19,7 @@ mod page_bits;
 mod recover;
 mod states;
 
+use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
@@ -254,6 +255,25 @@ impl Overlay {
     /// it is answered.
     pub fn placed_write_ended(&self) {
         self.blocks.note_unsynced();
+    }
+
+    /// Whether a read of `len` bytes at `offset`, at least one, shows just what lies there in the base.
+    pub fn shows_base(&self, offset: u64, len: u64) -> bool {
+        let geometry = self.geometry();
+        if geometry.check_range(offset, len).is_err() || offset + len > self.blocks.base().size() {
+            return false;
+        }
+        let span = geometry.span_touched(offset, len);
+        if span.is_empty() {
+            return false;
+        }
+        let first = self.blocks.map().extent(span.start, span.end);
+        first.state == BlockState::Base && first.span == span
+    }
+
+    /// The base's file; see [`Storage::cached_file`].
+    pub fn base_file(&self) -> Option<BorrowedFd<'_>> {
+        self.blocks.base().cached_file()
     }
 
     /// See [`Storage::direct_file`].

@@ -61,7 +61,8 @@ pub fn is_in_memory(file: &File) -> bool {
     rustix::fs::fstatfs(file).is_ok_and(|stat| matches!(u64::try_from(stat.f_type), Ok(TMPFS | RAMFS)))
 }
 
-/// Whether a file lies in a file system of which a request under way keeps the locks of its open file: not on a network.
+/// Whether a file lies in a file system of which a request under way keeps the locks of its open file, and of which buffered
+/// reads need no thread while the disk reads: not on a network.
 pub fn is_on_local_disk(file: &File) -> bool {
     const EXT4: u64 = 0xef53;
     const XFS: u64 = 0x5846_5342;

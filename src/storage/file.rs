@@ -32,6 +32,8 @@ pub struct FileStorage {
     /// Whether it takes all that a disk takes: looked up when somebody asks.
     takes_all: OnceLock<bool>,
     cached: CachedReads,
+    /// Whether it lies on a local disk: looked up when somebody asks.
+    is_local: OnceLock<bool>,
     name: String,
 }
 
@@ -51,6 +53,7 @@ impl FileStorage {
             opens_directly: false,
             takes_all: OnceLock::new(),
             cached: CachedReads::default(),
+            is_local: OnceLock::new(),
             name: name.into(),
         }
     }
@@ -178,6 +181,11 @@ impl Storage for FileStorage {
 
     fn direct_file(&self) -> Option<DirectFile<'_>> {
         Some(DirectFile { file: self.direct.as_ref()?.as_fd(), gate: self.gate.as_deref()? })
+    }
+
+    fn cached_file(&self) -> Option<BorrowedFd<'_>> {
+        // Of other file systems io_uring has threads of its own wait.
+        self.is_local.get_or_init(|| is_on_local_disk(&self.file)).then(|| self.as_fd())
     }
 
     fn whole_file(&self) -> Option<BorrowedFd<'_>> {

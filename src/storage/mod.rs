@@ -84,6 +84,12 @@ pub trait Storage: Send + Sync + Debug {
         None
     }
 
+    /// The file by which [`Way::Cached`] goes, if its file system can be asked for reads of it that no thread waits for,
+    /// neither here nor in the kernel. It stays the same.
+    fn cached_file(&self) -> Option<BorrowedFd<'_>> {
+        None
+    }
+
     /// The file of the host that the array is, if whoever opens that very file can do to it all that a disk allows: read and
     /// write at any alignment through the host's cache, and with O_DIRECT in sectors of 512 bytes. It is open for reading
     /// and writing. Asking for the first time may take a read of the host's disk.

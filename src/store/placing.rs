@@ -1,5 +1,6 @@
 //! Direct requests that no thread waits for: where they go, and what a plain file learns from what becomes of them.
 
+use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 
@@ -76,6 +77,21 @@ impl Trials {
 }
 
 impl Disk {
+    /// Where in its base, [`Disk::base_file`], a read of `len` bytes at `offset` shows just what lies there; see
+    /// [`Storage::cached_file`](crate::storage::Storage::cached_file).
+    pub fn place_in_base(&self, offset: u64, len: u64) -> Option<Place> {
+        let Kind::Overlay(overlay) = self.kind() else { return None };
+        (overlay.base_file().is_some() && overlay.shows_base(offset, len)).then(|| Place::at(offset))
+    }
+
+    /// The file of its base, if reads of it may be put to the kernel.
+    pub fn base_file(&self) -> Option<BorrowedFd<'_>> {
+        match self.kind() {
+            Kind::Overlay(overlay) => overlay.base_file(),
+            Kind::Plain(_) => None,
+        }
+    }
+
     /// Tells whether the host has done a write that [`Disk::place`] has offered, and that it was asked to do.
     pub fn placed_write_ended(&self, done: bool) {
         match self.kind() {

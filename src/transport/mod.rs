@@ -17,7 +17,7 @@ use std::str::FromStr;
 use std::sync::Arc;
 use std::time::Duration;
 
-pub use dev_fuse::{Connection, Nudged, Road, Unanswered, nudge};
+pub use dev_fuse::{Connection, Nudged, Road, Unanswered, nudge, require_cold_reads};
 
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::fs::Fs;

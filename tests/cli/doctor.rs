@@ -48,6 +48,7 @@ fn a_host_is_looked_at_and_nothing_is_left_behind() {
         "file system",
         "room",
         "run directory",
+        "cold reads",
         "open files",
         "qemu-img",
         "libvirt",

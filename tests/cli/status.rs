@@ -220,6 +220,47 @@ fn direct_requests_side_by_side_are_done_while_no_thread_waits() {
     mounted.umount();
 }
 
+/// The same of reads of a base.
+#[test]
+fn reads_side_by_side_of_what_the_host_has_not_in_memory_are_done_while_no_thread_waits() {
+    needs_mount();
+    if std::env::var("COWDISK_TRANSPORT").is_ok_and(|name| !name.is_empty() && name != "dev_fuse") {
+        // By the others threads wait.
+        return;
+    }
+    let mounted = Mounted::new();
+    let place = &mounted.0;
+    let bases = fs::read_dir(place.path("store/bases")).unwrap();
+    let bases: Vec<_> =
+        bases.map(|base| fs::File::open(base.unwrap().path().join("base.raw")).unwrap()).collect();
+    let count = || metric(&metrics(place), "cowdisk_async_requests_total");
+    let before = count();
+    // Where the image has data. A read that finds another one's page is not among them, so not each round tells.
+    for _ in 0..100 {
+        for base in &bases {
+            rustix::fs::fadvise(base, 0, None, rustix::fs::Advice::DontNeed).unwrap();
+        }
+        let fio = Command::new("fio")
+            .args([
+                "--name=cold",
+                "--rw=randread",
+                "--bs=4k",
+                "--offset=128k",
+                "--size=64k",
+                "--direct=1",
+                "--readonly",
+            ])
+            .args(["--ioengine=libaio", "--iodepth=32", "--filename", &place.path("mnt/instances/inst/disk")])
+            .output()
+            .expect("fio is needed: scripts/install-deps");
+        assert!(fio.status.success(), "{}", text(&fio.stderr));
+        if count() > before {
+            return mounted.umount();
+        }
+    }
+    panic!("needs Linux 6.1, kernel.io_uring_disabled=0, and temporary files on ext4, XFS or btrfs");
+}
+
 #[test]
 fn whoever_asks_badly_is_refused_and_holds_nobody_up() {
     needs_mount();

@@ -53,6 +53,40 @@ pub fn number(variable: &str, default: u64) -> u64 {
     }
 }
 
+/// Has the host forget the image of a test store.
+pub fn forget_image(mount: &TestMount) {
+    let base = mount.store.image(&mount::name(mount::IMAGE)).unwrap().base;
+    let file = File::open(mount.store.dir().join(format!("bases/{base}/base.raw"))).unwrap();
+    rustix::fs::fadvise(&file, 0, None, rustix::fs::Advice::DontNeed).unwrap();
+}
+
+/// Reads the image by the root disk of `web`, of which nothing was written, until `done`: eight readers at once, each block as
+/// the host has just forgotten it. Says how many reads there were.
+pub fn read_cold(mount: &TestMount, seed: u64, done: &AtomicBool) -> usize {
+    let disk = mount::open_with(&mount.disk(), libc::O_DIRECT).unwrap();
+    let count = AtomicUsize::new(0);
+    std::thread::scope(|scope| {
+        for reader in 0..8 {
+            let (disk, count) = (&disk, &count);
+            scope.spawn(move || {
+                let mut random = Random::new(seed + reader);
+                let mut seen = mount::Aligned::new(8192);
+                while !done.load(Ordering::Relaxed) {
+                    let (at, len) = (random.below(1022) * 4096, 4096 * (1 + random.below(2) as usize));
+                    disk.read_exact_at(&mut seen[..len], at).unwrap();
+                    assert!(seen[..len] == mount::image_bytes(at, len as u64), "{len} bytes at {at}");
+                    count.fetch_add(1, Ordering::Relaxed);
+                }
+            });
+        }
+        while !done.load(Ordering::Relaxed) {
+            forget_image(mount);
+            std::thread::sleep(Duration::from_millis(1));
+        }
+    });
+    count.into_inner()
+}
+
 /// Runs until `done`, over and over, each time with a seed of its own: writes of 4 KiB at queue depth 32, each read back and
 /// its checksum verified.
 pub fn verify_by_fio(disk: &Path, engine: &str, seed: u64, done: &AtomicBool) -> u64 {

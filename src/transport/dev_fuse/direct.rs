@@ -4,6 +4,8 @@
 //! ended meanwhile: one thread, which is not woken for each ([`super::readers`]). What the kernel does not do so (it would have
 //! to wait for a lock of the file, or the request is not aligned enough) is done by a thread of the disk lane, from the
 //! beginning.
+//!
+//! Beside them go small reads of the base that is not in memory ([`super::cold`]).
 #![allow(unsafe_code)]
 
 use std::cell::RefCell;
@@ -11,12 +13,13 @@ use std::io;
 use std::os::fd::BorrowedFd;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Arc, Weak};
+use std::sync::{Arc, OnceLock, Weak};
 
 use parking_lot::Mutex;
 
 use super::buffers::{RequestBuffer, SMALL_BYTES, SmallBuffer, SmallBuffers, SpareBuffers};
 use super::channel::Reply;
+use super::cold::{self, ColdReads, Desk};
 use super::transfers::{Read, Write};
 use crate::fs::{Fs, Placed};
 use crate::storage::aio::{self, Aio, Transfer};
@@ -104,21 +107,25 @@ pub struct DirectQueues {
     disk: Arc<SlowLane>,
     /// Guards who they are; held for an instant.
     queues: Mutex<Vec<Weak<Queue>>>,
+    /// Whether reads of the base are put to rings of io_uring, too; nothing until it is tried.
+    has_rings: OnceLock<bool>,
 }
 
 /// What one thread has under way, for others to look after while it is held up.
 #[derive(Debug)]
 struct Queue {
     aio: Aio<Request>,
+    /// What it has in its ring.
+    cold: Option<Arc<Desk>>,
     tools: Arc<Tools>,
     disk: Arc<SlowLane>,
 }
 
 /// What a request needs of us until it is answered. Not the disk lane, whose tasks hold it.
 #[derive(Debug)]
-struct Tools {
-    fs: Arc<Fs>,
-    small: SmallBuffers,
+pub struct Tools {
+    pub fs: Arc<Fs>,
+    pub small: SmallBuffers,
     large: Arc<SpareBuffers>,
     /// Threads that put requests to the kernel just now.
     submitting: AtomicUsize,
@@ -127,13 +134,28 @@ struct Tools {
 impl DirectQueues {
     /// None yet. What has to wait is done by `disk`; large requests take their memory from `large`.
     pub fn new(fs: Arc<Fs>, disk: Arc<SlowLane>, large: Arc<SpareBuffers>) -> Self {
-        let tools = Arc::new(Tools {
-            fs,
-            small: SmallBuffers::new(SMALL_MAX),
-            large,
-            submitting: AtomicUsize::new(0),
+        let tools = Arc::new(Tools::new(fs, large));
+        Self { tools, disk, queues: Mutex::default(), has_rings: OnceLock::new() }
+    }
+
+    /// From now on reads of the base are taken on, too, if the kernel can do them without a thread that waits. Says in the log
+    /// whether it can. The first call counts.
+    pub fn try_rings(&self) {
+        self.has_rings.get_or_init(|| match cold::require() {
+            Ok(()) => {
+                log::info!("small reads of bases that are not in memory go by io_uring");
+                true
+            }
+            Err(error) => {
+                log::info!("threads wait for reads of bases that are not in memory: {error}");
+                false
+            }
         });
-        Self { tools, disk, queues: Mutex::default() }
+    }
+
+    /// Whether reads of the base are taken on.
+    pub fn has_rings(&self) -> bool {
+        self.has_rings.get() == Some(&true)
     }
 
     /// A queue for the calling thread.
@@ -142,11 +164,15 @@ impl DirectQueues {
     /// If the host refuses it; then every request is somebody else's.
     pub fn direct(&self) -> io::Result<Direct> {
         let (tools, disk) = (Arc::clone(&self.tools), Arc::clone(&self.disk));
-        let queue = Arc::new(Queue { aio: Aio::new(DEPTH)?, tools, disk });
+        let aio = Aio::new(DEPTH)?;
+        let ring = || ColdReads::new(Arc::clone(&tools), Arc::clone(&disk), aio.ended());
+        let told = |error: &io::Error| log::info!("a thread waits for its reads of bases: {error}");
+        let cold = if self.has_rings() { ring().inspect_err(told).ok() } else { None };
+        let queue = Arc::new(Queue { aio, cold: cold.as_ref().map(ColdReads::desk), tools, disk });
         let mut queues = self.queues.lock();
         queues.retain(|queue| queue.strong_count() > 0);
         queues.push(Arc::downgrade(&queue));
-        Ok(Direct { queue, gathered: RefCell::default() })
+        Ok(Direct { queue, cold, gathered: RefCell::default() })
     }
 
     /// Answers what has ended of all threads' requests, and says whether any are left. For a thread of its own: whoever has
@@ -154,6 +180,7 @@ impl DirectQueues {
     pub fn reap(&self) -> bool {
         let queues: Vec<_> = self.queues.lock().iter().filter_map(Weak::upgrade).collect();
         queues.iter().filter(|queue| queue.is_busy()).fold(false, |left, queue| {
+            queue.cold.iter().for_each(|cold| cold.look());
             queue.reap(false);
             left || queue.is_busy()
         })
@@ -169,6 +196,8 @@ impl DirectQueues {
 #[derive(Debug)]
 pub struct Direct {
     queue: Arc<Queue>,
+    /// Reads of the base, if they are taken on.
+    cold: Option<ColdReads>,
     /// What was read and not yet put to the kernel, [`GATHERED_MAX`] at most.
     gathered: RefCell<Vec<Request>>,
 }
@@ -201,6 +230,27 @@ impl Direct {
         };
         self.gather(Request { what, bytes, placed, reply });
         Ok(())
+    }
+
+    /// Takes on a read of what lies in the base, where it is `placed`.
+    ///
+    /// # Errors
+    /// The reply comes back if somebody else must do it.
+    pub fn read_base(&self, read: Read, placed: Placed, reply: Reply) -> std::result::Result<(), Reply> {
+        match &self.cold {
+            Some(cold) => cold.take_on(read, placed, reply),
+            None => {
+                self.queue.tools.fs.let_go(placed);
+                Err(reply)
+            }
+        }
+    }
+
+    /// Tells those who look after it whether this thread `rests`; see [`ColdReads::note`].
+    pub fn note(&self, rests: bool) {
+        if let Some(cold) = &self.cold {
+            cold.note(rests);
+        }
     }
 
     /// Takes on a write to where it is `placed`, with the payload of `buffer`; of a large one the buffer itself, and puts
@@ -241,6 +291,9 @@ impl Direct {
 
     /// Puts what was taken on to the kernel; if too many threads do, or the kernel takes it not, to the disk lane.
     pub fn submit(&self) {
+        if let Some(cold) = &self.cold {
+            cold.submit();
+        }
         let mut gathered = self.gathered.borrow_mut();
         if gathered.is_empty() {
             return;
@@ -257,7 +310,9 @@ impl Direct {
 
     /// Answers what has ended, and says whether there may be more; if nothing has and it `waits`, waits for a moment.
     pub fn reap(&self, waits: bool) -> bool {
-        self.queue.reap(waits)
+        let direct = self.queue.aio.under_way() > 0;
+        let more = self.cold.as_ref().is_some_and(|cold| cold.reap(waits && !direct));
+        direct && self.queue.reap(waits && !more) || more
     }
 
     /// Waits until nothing is under way.
@@ -277,7 +332,7 @@ impl Drop for Direct {
 
 impl Queue {
     fn is_busy(&self) -> bool {
-        self.aio.under_way() > 0
+        self.aio.under_way() > 0 || self.cold.as_ref().is_some_and(|cold| cold.is_busy())
     }
 
     fn reap(&self, waits: bool) -> bool {
@@ -325,6 +380,11 @@ impl Queue {
 }
 
 impl Tools {
+    /// With all buffers unused.
+    pub fn new(fs: Arc<Fs>, large: Arc<SpareBuffers>) -> Self {
+        Self { fs, small: SmallBuffers::new(SMALL_MAX), large, submitting: AtomicUsize::new(0) }
+    }
+
     fn give_back(&self, bytes: Bytes) {
         match bytes {
             Bytes::Small(buffer) => self.small.put(buffer),

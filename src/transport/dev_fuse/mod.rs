@@ -8,7 +8,7 @@
 //! A reader does itself what memory answers (reads of what the host has cached, overwrites through the host's cache, names
 //! and attributes) and, as long as enough others are there for that, reads, writes and syncs that wait for the host's disk.
 //! Direct reads and overwrites of a disk's own data, where one is under way already, nobody waits for (`direct.rs`,
-//! `transfers.rs` has what they are). Beyond that, reads and writes go to the threads of the disk lane, with their buffers and
+//! `transfers.rs` has what they are), nor for small reads of a base (`cold.rs`). Beyond that, reads and writes go to the threads of the disk lane, with their buffers and
 //! without a copy; other requests that may wait for a sync go to those of the slow lane.
 //!
 //! A process that is killed has not ended before its blocking writes have, nor before its AIO has, and whoever opens a disk
@@ -22,6 +22,7 @@
 mod answers;
 mod buffers;
 mod channel;
+mod cold;
 mod connection;
 mod control;
 mod crew;
@@ -37,6 +38,7 @@ mod uring;
 mod wake;
 pub mod wire;
 
+pub use cold::require as require_cold_reads;
 pub use connection::{Connection, Unanswered};
 pub use init::Road;
 pub use session::DevFuseSession;

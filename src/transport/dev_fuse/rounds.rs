@@ -9,8 +9,10 @@ use std::sync::Arc;
 use rustix::event::epoll::{self, CreateFlags, EventData, EventFlags};
 
 use super::channel::Channel;
+use super::cold::COLD_BYTES_MAX;
 use super::crew::Hand;
 use super::direct::{Direct, DirectQueues};
+use super::transfers::Read;
 
 const REQUEST: u64 = 0;
 const ENDED: u64 = 1;
@@ -47,6 +49,11 @@ impl<'a> Rounds<'a> {
     /// None yet.
     pub fn new(queues: &'a DirectQueues, channel: Option<&'a Arc<Channel>>) -> Self {
         Self { queues, channel, means: OnceCell::new(), had_several: Cell::new(false) }
+    }
+
+    /// Whether reads of the base that are not longer than [`COLD_BYTES_MAX`] may be taken on; see [`Self::join`].
+    pub fn takes_cold(&self, read: &Read) -> bool {
+        self.channel.is_some() && self.queues.has_rings() && read.len <= COLD_BYTES_MAX
     }
 
     /// Where a direct request is taken on, if it is better taken on than waited for: while others are under way or wait to be
@@ -99,7 +106,10 @@ impl<'a> Rounds<'a> {
     pub fn wait(&self) -> io::Result<Ready> {
         let Some(Some(means)) = self.means.get() else { return Ok(Ready::default()) };
         let mut events = [MaybeUninit::<epoll::Event>::uninit(); 2];
-        let (told, _) = match epoll::wait(&means.epoll, &mut events, None) {
+        means.direct.note(true);
+        let waited = epoll::wait(&means.epoll, &mut events, None);
+        means.direct.note(false);
+        let (told, _) = match waited {
             Err(rustix::io::Errno::INTR) => return Ok(Ready::default()),
             result => result?,
         };

@@ -157,6 +157,14 @@ impl Server {
                     Err(back) => reply = back,
                 }
             }
+            if rounds.takes_cold(&read)
+                && let Some((direct, placed)) = self.joined(rounds, hand, read.place_in_base(&self.fs))
+            {
+                match direct.read_base(read, placed, reply) {
+                    Ok(()) => return,
+                    Err(back) => reply = back,
+                }
+            }
             if let Some(_away) = hand.leave(ino) {
                 return read.execute(reply, &self.fs, buffer);
             }

@@ -42,6 +42,7 @@ impl DevFuseSession {
     ) -> Result<Self> {
         wake::prepare()?;
         let server = Arc::new(Server::new(fs, unanswered)?);
+        server.direct().try_rings();
         begin();
         if unanswered != Unanswered::Leave {
             connection.resend()?;

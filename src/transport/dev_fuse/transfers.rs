@@ -42,6 +42,11 @@ impl Read {
         fs.place(self.handle, Transfer::Read, self.offset, self.len.into())
     }
 
+    /// See [`Fs::place_in_base`].
+    pub fn place_in_base(&self, fs: &Fs) -> Option<Placed> {
+        fs.place_in_base(self.handle, self.offset, self.len.into())
+    }
+
     /// Fills `buffer`, and says how much of it; see [`Fs::read`].
     pub fn fill(&self, fs: &Fs, buffer: &mut [u8]) -> Outcome<usize> {
         fs.read(self.handle, self.offset, buffer, self.direct, way(self.direct))

@@ -140,11 +140,8 @@ impl ColdReads {
     /// # Errors
     /// The reply comes back if somebody else must do it.
     pub fn take_on(&self, read: Read, placed: Placed, reply: Reply) -> std::result::Result<(), Reply> {
-        let tools = &self.desk.tools;
-        let bytes = if read.len <= COLD_BYTES_MAX { tools.small.take() } else { None };
-        let slot = bytes.as_ref().and_then(|_| self.free.borrow_mut().pop());
-        let (Some(mut bytes), Some(slot)) = (bytes, slot) else {
-            tools.fs.let_go(placed);
+        let Some((slot, mut bytes)) = self.room(read.len) else {
+            self.desk.tools.fs.let_go(placed);
             return Err(reply);
         };
         let room = bytes.bytes(usize::try_from(read.len).expect("16 KiB"));
@@ -164,6 +161,16 @@ impl ColdReads {
             self.submit();
         }
         Ok(())
+    }
+
+    /// A slot and memory for a read of `len` bytes, if there are both for one so long.
+    fn room(&self, len: u32) -> Option<(usize, SmallBuffer)> {
+        let mut free = self.free.borrow_mut();
+        if len > COLD_BYTES_MAX || free.is_empty() {
+            return None;
+        }
+        let bytes = self.desk.tools.small.take()?;
+        Some((free.pop()?, bytes))
     }
 
     /// Asks the kernel for what was taken on.
@@ -425,6 +432,22 @@ mod tests {
         assert!(!place.read(1000, 0, 512));
         place.drain();
         assert!((0..=DEPTH).any(|_| place.answer() == (1000, 0, Vec::new())));
+    }
+
+    /// The memory of each such read was lost, up to three quarters of all that there is.
+    #[test]
+    fn what_there_is_no_place_for_keeps_no_memory() {
+        let place = Place::new();
+        let small = &place.reads.desk.tools.small;
+        let count = || {
+            let all: Vec<_> = std::iter::from_fn(|| small.take()).collect();
+            all.into_iter().map(|buffer| small.put(buffer)).count()
+        };
+        let before = count();
+        assert!((0..u64::from(DEPTH)).all(|unique| place.read(unique, 0, 512)));
+        assert!(!place.read(1000, 0, 512));
+        place.drain();
+        assert_eq!(count(), before);
     }
 
     #[test]

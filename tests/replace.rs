@@ -276,19 +276,17 @@ fn reads_of_what_the_host_has_not_in_memory_survive_a_kill() {
     load::assert_only_deaths_in(&mount.log(), 3);
 }
 
-/// Refuses io_uring to this thread and to whatever it starts, as many containers do.
-fn refuse_io_uring() {
+/// Refuses system calls to this thread and to whatever it starts, as many containers do.
+fn refuse(calls: &[i64]) {
     use seccompiler::{BpfProgram, SeccompAction, SeccompFilter};
-    let refused = [(libc::SYS_io_uring_setup, Vec::new())].into();
+    let refused = calls.iter().map(|&call| (call, Vec::new())).collect();
     let errno = SeccompAction::Errno(libc::EPERM as u32);
     let architecture = std::env::consts::ARCH.try_into().unwrap();
     let filter = SeccompFilter::new(refused, SeccompAction::Allow, errno, architecture).unwrap();
     seccompiler::apply_filter(&BpfProgram::try_from(filter).unwrap()).unwrap();
 }
 
-#[test]
-fn where_io_uring_is_refused_threads_wait_for_what_the_host_has_not_in_memory() {
-    refuse_io_uring();
+fn threads_wait_for_cold_reads() {
     let mut mount = kept("");
     assert!(mount.log().contains(BY_THREADS), "{}", mount.log());
     let done = AtomicBool::new(false);
@@ -299,6 +297,19 @@ fn where_io_uring_is_refused_threads_wait_for_what_the_host_has_not_in_memory() 
         assert!(reads.join().unwrap() > 0);
     });
     mount.unmount().unwrap();
+}
+
+#[test]
+fn where_io_uring_is_refused_threads_wait_for_what_the_host_has_not_in_memory() {
+    refuse(&[libc::SYS_io_uring_setup]);
+    threads_wait_for_cold_reads();
+}
+
+/// A ring was made that never did anything, and the session waited for it for ever.
+#[test]
+fn where_rings_can_only_be_made_threads_wait_for_what_the_host_has_not_in_memory() {
+    refuse(&[libc::SYS_io_uring_enter]);
+    threads_wait_for_cold_reads();
 }
 
 #[test]

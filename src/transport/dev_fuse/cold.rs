@@ -20,6 +20,7 @@ use std::sync::atomic::{AtomicU8, AtomicUsize, Ordering};
 
 use io_uring::{IoUring, opcode, types};
 use parking_lot::Mutex;
+use rustix::event::{EventfdFlags, eventfd};
 
 use super::buffers::{SMALL_BYTES, SmallBuffer};
 use super::channel::Reply;
@@ -56,12 +57,18 @@ fn build(entries: u32) -> io::Result<IoUring> {
     builder.build(entries)
 }
 
-/// Whether the kernel can read so for this process. Nothing is changed.
+/// Whether the kernel can read so for this process: each call that a ring takes is tried. Nothing is changed.
 ///
 /// # Errors
 /// If it cannot (before Linux 6.1), or may not.
 pub fn require() -> Result<()> {
-    build(1).map(drop).context(|| "make an io_uring")
+    let mut ring = build(1).context(|| "make an io_uring")?;
+    let ended = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK).context(|| "make an eventfd")?;
+    ring.submitter().register_eventfd(ended.as_raw_fd()).context(|| "have an io_uring tell of what ends")?;
+    // SAFETY: it names no memory and no file.
+    let pushed = unsafe { ring.submission().push(&opcode::Nop::new().build()) };
+    pushed.expect("there is room for one");
+    ring.submit().map(drop).context(|| "ask an io_uring for nothing")
 }
 
 /// A read under way.
@@ -295,7 +302,7 @@ mod tests {
     use std::os::unix::fs::FileExt;
     use std::path::PathBuf;
 
-    use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
+    use rustix::event::{PollFd, PollFlags, Timespec, poll};
     use rustix::net::{AddressFamily, RecvFlags, SocketFlags, SocketType, recv, socketpair};
     use zerocopy::FromBytes;
 

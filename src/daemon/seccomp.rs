@@ -4,7 +4,7 @@
 //! a daemon that guests depend on. Calls of another architecture (32 bit) kill the process, and those of x32, which are the
 //! same calls under other numbers, are refused as a whole. docs/SECURITY.md says what the filter costs.
 //!
-//! io_uring is allowed, for the transport of that name. What it does a filter cannot see; but it has no operation that runs a program,
+//! io_uring is allowed, for small reads of bases and for the transport of that name. What it does a filter cannot see; but it has no operation that runs a program,
 //! mounts, or changes whose rights this process has.
 #![allow(unsafe_code)]
 

@@ -4,10 +4,12 @@ use std::os::unix::fs::PermissionsExt as _;
 use std::path::Path;
 
 use rustix::process::{Resource, getrlimit};
+use rustix::thread::{CapabilitySet, capabilities, set_capabilities};
 
 use super::Line;
 use super::tools::find_program;
 use crate::daemon::may_mount;
+use crate::error::{Context, Error, ErrorKind};
 use crate::transport::mount::check_device;
 use crate::transport::{Transport, require_cold_reads};
 
@@ -134,7 +136,15 @@ fn uring() -> Line {
 }
 
 fn cold_reads() -> Line {
-    let message = match require_cold_reads() {
+    // As a daemon is: with no capability in effect. Where kernel.io_uring_disabled is 1, that makes the difference.
+    let tried = std::thread::spawn(|| {
+        let mut own = capabilities(None).context(|| "look at capabilities")?;
+        own.effective = CapabilitySet::empty();
+        set_capabilities(None, own).context(|| "give up capabilities")?;
+        require_cold_reads()
+    });
+    let tried = tried.join().unwrap_or_else(|_told| Err(Error::new(ErrorKind::Io, "trying it panicked")));
+    let message = match tried {
         Ok(()) => {
             "small reads of bases that are not in memory go by io_uring: no thread waits for them".to_owned()
         }
